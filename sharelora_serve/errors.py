@@ -1,0 +1,97 @@
+"""Every error that a user, a client or a file can cause, with its HTTP status and OpenAI code.
+
+ServeError
+├── InvalidRequestError            400  invalid_request_error
+│   ├── ContextLengthError         400  context_length_exceeded
+│   └── AdapterInvalidError        400  adapter_invalid
+├── ModelNotFoundError             404  model_not_found
+├── RequestTooLargeError           413  request_too_large
+├── QueueFullError                 429  queue_full
+├── AdapterUnavailableError        503  adapter_unavailable
+├── EngineStoppedError             503  engine_stopped
+├── UnsupportedModelError          (at start only)
+└── ConfigurationError             (at start only)
+"""
+
+
+class ServeError(Exception):
+    """An error with a message for the person who caused it; `param` names the field at fault."""
+
+    status = 500
+    error_type = "server_error"
+    code = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class InvalidRequestError(ServeError):
+    """The request is malformed or asks for something out of range."""
+
+    status = 400
+    error_type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class ContextLengthError(InvalidRequestError):
+    """Prompt and requested tokens do not fit the model's context."""
+
+    code = "context_length_exceeded"
+
+
+class AdapterInvalidError(InvalidRequestError):
+    """An adapter's files cannot be served; the message lists every problem and the way out."""
+
+    code = "adapter_invalid"
+
+
+class ModelNotFoundError(ServeError):
+    """`model` names neither the base nor an adapter."""
+
+    status = 404
+    error_type = "invalid_request_error"
+    code = "model_not_found"
+
+
+class RequestTooLargeError(ServeError):
+    """The request's body is larger than the server accepts."""
+
+    status = 413
+    error_type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class QueueFullError(ServeError):
+    """Too many requests are waiting; try again after `retry_after_seconds`."""
+
+    status = 429
+    error_type = "rate_limit_error"
+    code = "queue_full"
+
+    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
+        super().__init__(message)
+        self.retry_after_seconds = retry_after_seconds
+
+
+class AdapterUnavailableError(ServeError):
+    """The adapter exists but could not be loaded."""
+
+    status = 503
+    code = "adapter_unavailable"
+
+
+class EngineStoppedError(ServeError):
+    """The engine is shutting down or has failed."""
+
+    status = 503
+    code = "engine_stopped"
+
+
+class UnsupportedModelError(ServeError):
+    """The base's architecture or configuration is not one that this server computes."""
+
+
+class ConfigurationError(ServeError):
+    """A flag, an environment variable or a file given at start is wrong."""

@@ -1,0 +1,1 @@
+"""The frozen base: its configuration, its weights and its decoder."""
