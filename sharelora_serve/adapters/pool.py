@@ -1,0 +1,374 @@
+"""The matrix pool: rank pages of every adapter on the device, equal factors stored once.
+
+A rank page is PAGE_RANK rank rows of `features` numbers. A factor is a list of pages: A (r, in) as
+it is, B (out, r) transposed, the last page padded with zero rows. Factors are addressed by content,
+so LoRA, ShareA, ShareB, ShareAB and a common A of many adapters differ only in their page tables.
+"""
+
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
+from threading import Lock
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharelora_serve.adapters.adapter import Adapter, PageTable
+from sharelora_serve.adapters.layout import BaseLayout
+from sharelora_serve.adapters.pages import PAGE_RANK, PageAllocator, PoolFullError
+from sharelora_serve.errors import AdapterInvalidError, ConfigurationError
+
+_MAX_UNDERFLOW = 0.01  # share of a factor's nonzero values that the cast may turn into zeros
+_MAX_LISTED = 10  # problems spelled out in one message; the rest are counted
+
+
+class _FactorKey(NamedTuple):
+    """What makes two factors one: rank-major bytes in the pool's dtype, and shape."""
+
+    digest: bytes
+    rank: int
+    features: int
+
+    @property
+    def num_pages(self) -> int:
+        return -(-self.rank // PAGE_RANK)
+
+    @property
+    def num_elements(self) -> int:
+        """Elements of its pages, padding included."""
+        return self.num_pages * PAGE_RANK * self.features
+
+
+@dataclass(slots=True, eq=False)
+class _Factor:
+    pages: list[int]
+    num_references: int = 0  # residents that use it, however often each does
+
+
+class _StagedPair(NamedTuple):
+    entry: int
+    a: _FactorKey
+    b: _FactorKey
+    scaling: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StagedAdapter:
+    """An adapter cast and hashed for one pool, so that placing it again costs no second pass.
+
+    pairs         in the order of the page table's entries
+    rows          every distinct factor, (rank, features) in the pool's dtype on the host
+    num_entries   of the page table
+    num_expanded  elements of the factors if every pair had its own: plain LoRA
+    """
+
+    pairs: list[_StagedPair]
+    rows: dict[_FactorKey, Tensor] = field(repr=False)
+    num_entries: int
+    num_expanded: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Resident:
+    """An adapter in the pool, valid until it is released; compared by identity."""
+
+    page_table: PageTable
+    _factors: tuple[_FactorKey, ...] = field(repr=False)
+    _num_expanded: int = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStats:
+    """What the pool holds. expanded_bytes / used_bytes is the dedupe ratio.
+
+    num_adapters    residents
+    num_factors     distinct factors alive
+    used_bytes      of live pages, padding included
+    expanded_bytes  of the same residents as plain LoRA, without sharing or padding
+    capacity_bytes  of the arena
+    """
+
+    num_adapters: int
+    num_factors: int
+    used_bytes: int
+    expanded_bytes: int
+    capacity_bytes: int
+
+
+class MatrixPool:
+    """Content-addressed rank pages with reference counts, in one arena on the device.
+
+    arena  (num_bytes / itemsize,)  the pool's dtype. Its first page of every width is all zeros
+                                    for ever; the memory of pages never used is never touched.
+
+    Any thread may call it. Adapters are written into free pages only, while kernels read others.
+    """
+
+    def __init__(
+        self,
+        num_bytes: int,
+        feature_counts: Sequence[int],
+        dtype: torch.dtype,
+        device: torch.device | str,
+    ) -> None:
+        """Reserve num_bytes on the device; ConfigurationError if that holds no page at all."""
+        num_elements = num_bytes // dtype.itemsize
+        smallest = 2 * PAGE_RANK * max(feature_counts) * dtype.itemsize
+        if num_bytes < smallest:
+            raise ConfigurationError(
+                f"adapter memory of {num_bytes} bytes holds no page of this base; "
+                f"give --adapter-memory at least {smallest} bytes, such as 512MiB"
+            )
+        self.dtype = dtype
+        self.arena = torch.empty(num_elements, dtype=dtype, device=device)
+        self._feature_counts = sorted(set(feature_counts))
+        self._allocator = self._new_allocator()
+        self.arena[: self._allocator.num_reserved].zero_()
+        self._factors: dict[_FactorKey, _Factor] = {}
+        self._residents: set[Resident] = set()
+        self._num_used = 0  # elements of live pages
+        self._num_expanded = 0
+        # Adds take turns, so that no add finds a factor that another has yet to write; the second
+        # lock is held for bookkeeping only, so that releases and stats never wait for a copy.
+        self._adding = Lock()
+        self._lock = Lock()
+
+    def view(self, features: int) -> Tensor:
+        """The arena as the pages of one width: (num_pages, PAGE_RANK, features), not a copy."""
+        num_pages = self.arena.numel() // (PAGE_RANK * features)
+        return self.arena[: num_pages * PAGE_RANK * features].view(num_pages, PAGE_RANK, features)
+
+    def add(self, adapter: Adapter, layout: BaseLayout) -> Resident:
+        """Stage and place an adapter. Raises as `stage` and `place` do, then changes nothing."""
+        return self.place(self.stage(adapter, layout))
+
+    def check(self, adapter: Adapter) -> None:
+        """Raise AdapterInvalidError if the dtype or an empty pool could not hold the adapter."""
+        lost = [
+            _lost_in_cast(name, rows, rows.to(self.dtype))
+            for name, rows in _distinct_factors(adapter).values()
+        ]
+        self._refuse(adapter, [problem for problem in lost if problem])
+        self._check_fits(_pages_alone(adapter))
+
+    def num_bytes_for(self, adapter: Adapter) -> int:
+        """Bytes of the pages that the adapter takes in an empty pool, padding included."""
+        return self._num_bytes(_pages_alone(adapter))
+
+    def stage(self, adapter: Adapter, layout: BaseLayout) -> StagedAdapter:
+        """Cast and hash an adapter's factors; AdapterInvalidError if the dtype cannot hold one.
+
+        A value that overflows, or more than 1 % of a factor's nonzero values lost to underflow,
+        is refused. Changes nothing in the pool.
+        """
+        keys: dict[tuple[int, str], _FactorKey] = {}
+        rows: dict[_FactorKey, Tensor] = {}
+        problems: list[str] = []
+        for identity, (name, original) in _distinct_factors(adapter).items():
+            cast = original.to(self.dtype).contiguous()
+            if problem := _lost_in_cast(name, original, cast):
+                problems.append(problem)
+            digest = hashlib.sha256(cast.view(torch.uint8).numpy().data).digest()
+            rank, features = cast.shape
+            keys[identity] = key = _FactorKey(digest, rank, features)
+            rows.setdefault(key, cast)
+        self._refuse(adapter, problems)
+        pairs = []
+        for place, pair in adapter.pairs.items():
+            a, b = keys[id(pair.a), "lora_A"], keys[id(pair.b), "lora_B"]
+            pairs.append(_StagedPair(layout.entry(*place), a, b, pair.scaling))
+        assert all(pair.a.rank == pair.b.rank for pair in pairs), "A and B differ in rank"
+        num_expanded = sum(pair.a.rank * (pair.a.features + pair.b.features) for pair in pairs)
+        return StagedAdapter(sorted(pairs), rows, layout.num_entries, num_expanded)
+
+    def place(self, staged: StagedAdapter) -> Resident:
+        """Give a staged adapter its pages, sharing the factors that are there already.
+
+        Raises PoolFullError if there is no room now and AdapterInvalidError if an empty pool had
+        none; either leaves everything as it was.
+        """
+        with self._adding:
+            with self._lock:
+                new = [key for key in staged.rows if key not in self._factors]
+                try:
+                    pages = self._allocator.allocate(_page_counts(new))
+                except PoolFullError:
+                    self._check_fits(_page_counts(staged.rows))
+                    raise
+                for key in new:
+                    taken = [next(pages[key.features]) for _ in range(key.num_pages)]
+                    self._factors[key] = _Factor(taken)
+                    self._num_used += key.num_elements
+                for key in staged.rows:
+                    self._factors[key].num_references += 1
+                self._num_expanded += staged.num_expanded
+                table = self._page_table(staged)
+                resident = Resident(table, tuple(staged.rows), staged.num_expanded)
+                self._residents.add(resident)
+            try:
+                for key in new:
+                    self._write(key, staged.rows[key])
+                if self.arena.is_cuda:  # whatever stream the kernels use, the pages are there
+                    torch.cuda.current_stream(self.arena.device).synchronize()
+            except BaseException:
+                self.release(resident)
+                raise
+        return resident
+
+    def release(self, resident: Resident) -> None:
+        """Give a resident's references back; pages that nobody else uses are free at once.
+
+        No kernel that reads them may still be queued.
+        """
+        with self._lock:
+            assert resident in self._residents, "a resident was released twice"
+            self._residents.remove(resident)
+            self._num_expanded -= resident._num_expanded
+            for key in resident._factors:
+                factor = self._factors[key]
+                factor.num_references -= 1
+                if factor.num_references == 0:
+                    del self._factors[key]
+                    self._allocator.free(key.features, factor.pages)
+                    self._num_used -= key.num_elements
+
+    def stats(self) -> PoolStats:
+        """Counts and bytes at this moment."""
+        with self._lock:
+            return PoolStats(
+                num_adapters=len(self._residents),
+                num_factors=len(self._factors),
+                used_bytes=self._num_used * self.dtype.itemsize,
+                expanded_bytes=self._num_expanded * self.dtype.itemsize,
+                capacity_bytes=self.arena.nbytes,
+            )
+
+    def check_integrity(self) -> None:
+        """Recount references, pages and bytes; raise AssertionError with what is off."""
+        with self._adding, self._lock:
+            references = Counter(chain.from_iterable(r._factors for r in self._residents))
+            counted = {key: factor.num_references for key, factor in self._factors.items()}
+            assert references == counted, "reference counts differ from a recount"
+            live: dict[int, list[int]] = {features: [] for features in self._feature_counts}
+            for key, factor in self._factors.items():
+                assert len(factor.pages) == key.num_pages, "a factor has too many or few pages"
+                live[key.features] += factor.pages
+            self._allocator.check_integrity(live)
+            num_used = sum(key.num_elements for key in self._factors)
+            assert self._num_used == num_used, "used bytes differ from a recount"
+            num_expanded = sum(resident._num_expanded for resident in self._residents)
+            assert self._num_expanded == num_expanded, "expanded bytes differ from a recount"
+            zeros = self.arena[: self._allocator.num_reserved]
+            assert not zeros.any(), "page 0 is no longer all zeros"
+
+    def _new_allocator(self) -> PageAllocator:
+        return PageAllocator(self.arena.numel(), self._feature_counts)
+
+    def _refuse(self, adapter: Adapter, problems: list[str]) -> None:
+        if problems:
+            listed = problems[:_MAX_LISTED]
+            if len(problems) > _MAX_LISTED:
+                listed.append(f"and {len(problems) - _MAX_LISTED} more factors")
+            raise AdapterInvalidError(
+                f"adapter {adapter.name!r} cannot be held in {_name_of(self.dtype)}:\n  "
+                + "\n  ".join(listed)
+                + "\nServe with --dtype float32 or bfloat16, or rescale the factors: "
+                "B times c and A divided by c are the same adapter."
+            )
+
+    def _check_fits(self, counts: Mapping[int, int]) -> None:
+        """Raise AdapterInvalidError if an empty pool of this size had no room."""
+        try:
+            self._new_allocator().allocate(counts)
+        except PoolFullError:
+            raise AdapterInvalidError(
+                f"the adapter needs {self._num_bytes(counts)} bytes of adapter memory, "
+                f"more than an empty pool of {self.arena.nbytes} bytes can give it; "
+                "raise --adapter-memory or lower the adapter's rank"
+            ) from None
+
+    def _num_bytes(self, counts: Mapping[int, int]) -> int:
+        elements = sum(count * PAGE_RANK * features for features, count in counts.items())
+        return elements * self.dtype.itemsize
+
+    def _page_table(self, staged: StagedAdapter) -> PageTable:
+        offsets = np.zeros(staged.num_entries + 1, dtype=np.int32)
+        for pair in staged.pairs:
+            offsets[pair.entry + 1] = pair.a.num_pages
+        np.cumsum(offsets, out=offsets)
+        a_pages = chain.from_iterable(self._factors[pair.a].pages for pair in staged.pairs)
+        b_pages = chain.from_iterable(self._factors[pair.b].pages for pair in staged.pairs)
+        num_pages = [pair.a.num_pages for pair in staged.pairs]
+        scaling = np.array([pair.scaling for pair in staged.pairs], dtype=np.float32)
+        return PageTable(
+            offsets=offsets,
+            a_pages=np.fromiter(a_pages, dtype=np.int32),
+            b_pages=np.fromiter(b_pages, dtype=np.int32),
+            scaling=np.repeat(scaling, num_pages),
+        )
+
+    def _write(self, key: _FactorKey, rows: Tensor) -> None:
+        """Copy a factor into its pages, a run of neighbours at a time, and zero the padding."""
+        pages = self._factors[key].pages
+        view = self.view(key.features)
+        start = 0
+        for end in range(1, len(pages) + 1):
+            if end < len(pages) and pages[end] == pages[end - 1] + 1:
+                continue
+            run = view[pages[start] : pages[end - 1] + 1].view(-1, key.features)
+            source = rows[start * PAGE_RANK : end * PAGE_RANK]
+            run[: len(source)].copy_(source)
+            run[len(source) :].zero_()
+            start = end
+
+
+def _page_counts(keys: Mapping[_FactorKey, Tensor] | Sequence[_FactorKey]) -> Counter[int]:
+    counts = Counter[int]()
+    for key in keys:
+        counts[key.features] += key.num_pages
+    return counts
+
+
+def _distinct_factors(adapter: Adapter) -> dict[tuple[int, str], tuple[str, Tensor]]:
+    """(id, side) -> (name of its first use, (rank, features) view), each Tensor object once."""
+    factors: dict[tuple[int, str], tuple[str, Tensor]] = {}
+    for (layer, module), pair in adapter.pairs.items():
+        for side, tensor in ("lora_A", pair.a), ("lora_B", pair.b):
+            if (id(tensor), side) not in factors:
+                rows = tensor if side == "lora_A" else tensor.T
+                factors[id(tensor), side] = f"model.layers.{layer}.{module}.{side}", rows
+    return factors
+
+
+def _pages_alone(adapter: Adapter) -> Counter[int]:
+    """Pages of each width that the adapter takes with nothing to share but its own factors."""
+    counts = Counter[int]()
+    for _, rows in _distinct_factors(adapter).values():
+        rank, features = rows.shape
+        counts[features] += -(-rank // PAGE_RANK)
+    return counts
+
+
+def _lost_in_cast(name: str, original: Tensor, cast: Tensor) -> str | None:
+    """What the cast would lose beyond rounding, or None."""
+    if torch.promote_types(original.dtype, cast.dtype) == cast.dtype:
+        return None  # a wider type holds everything
+    if not torch.stack(torch.aminmax(cast)).isfinite().all():
+        largest, limit = float(original.abs().max()), torch.finfo(cast.dtype).max
+        num_overflown = cast.numel() - int(cast.isfinite().sum())
+        return f"{name}: {num_overflown} values overflow (largest {largest:.4g}, limit {limit:.4g})"
+    num_kept = int(cast.count_nonzero())
+    if cast.numel() - num_kept > _MAX_UNDERFLOW * num_kept:  # zeros, but maybe from the start
+        num_nonzero = int(original.count_nonzero())
+        num_lost = num_nonzero - num_kept
+        if num_lost > _MAX_UNDERFLOW * num_nonzero:
+            return f"{name}: {num_lost} of {num_nonzero} nonzero values are too small and become 0"
+    return None
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

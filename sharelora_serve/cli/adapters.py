@@ -1,0 +1,2 @@
+import typer
+adapters = typer.Typer()

@@ -1,0 +1,129 @@
+"""The command serve: its options are ServeConfig's fields."""
+
+import inspect
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+from typing import Annotated, Any, cast
+
+import typer
+import uvicorn
+from rich.console import Console
+
+from sharelora_serve.cli.failure import one_message
+from sharelora_serve.config import (
+    ServeConfig,
+    default_text,
+    environment_variable,
+    flag,
+    value_text,
+)
+from sharelora_serve.errors import ConfigurationError
+
+
+def serve(**settings: str | bool | None) -> None:
+    """Serve a base model and its adapters over HTTP, with OpenAI's API.
+
+    A setting comes from its option, else from its environment variable, else from its default.
+    """
+    console = Console(stderr=True)
+    # An orchestrator's SIGTERM stops the server as Ctrl-C does, while loading too.
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with one_message():
+            given = {name: value for name, value in settings.items() if value is not None}
+            _run(ServeConfig(**given), console)
+    except KeyboardInterrupt:
+        console.print("Stopped.")
+
+
+def _run(config: ServeConfig, console: Console) -> None:
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    listener = _bind(config.host, config.port)  # before loading: a taken port is told at once
+    # Slow imports, which --help and the other commands need not wait for.
+    with console.status(f"Loading {config.base_name}"):
+        from sharelora_serve.engine.engine import load_engine
+        from sharelora_serve.server.app import create_app
+    engine = load_engine(config)
+    application = create_app(engine, config)
+    server = _AnnouncingServer(
+        uvicorn.Config(
+            application,
+            log_config=None,
+            log_level=config.log_level,
+            access_log=config.log_level == "debug",
+        ),
+        lambda: console.print(_announcement(config, listener), highlight=False),
+    )
+    server.run(sockets=[listener])
+
+
+def _announcement(config: ServeConfig, listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
+    url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    adapters = f" and the adapters in {config.adapters}" if config.adapters else ""
+    return f"Serving [bold]{config.base_name}[/bold]{adapters} at [bold]{url}[/bold]"
+
+
+class _AnnouncingServer(uvicorn.Server):
+    """Calls announce once requests are accepted."""
+
+    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._announce = announce
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._announce()
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address but not listening: until all is loaded, clients are refused."""
+    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except OSError as error:
+        listener.close()
+        raise ConfigurationError(
+            f"cannot listen on {host} port {port}: {error.strerror}; choose another --host or "
+            "--port"
+        ) from error
+    return listener
+
+
+def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _option(setting: str) -> inspect.Parameter:
+    """The typer option of one of ServeConfig's fields.
+
+    Values stay text here: ServeConfig parses and checks them.
+    """
+    field = ServeConfig.model_fields[setting]
+    is_switch = field.annotation is bool
+    declaration = f"{flag(setting)}/--no-{flag(setting)[2:]}" if is_switch else flag(setting)
+    option = typer.Option(
+        declaration,
+        help=field.description,
+        envvar=environment_variable(setting),
+        metavar=None if is_switch else value_text(setting),
+    )
+    return inspect.Parameter(
+        setting,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=field.default if is_switch else default_text(setting) or None,
+        annotation=Annotated[bool if is_switch else str | None, option],
+    )
+
+
+# typer reads a command's options from its signature.
+cast(Any, serve).__signature__ = inspect.Signature(
+    [_option(setting) for setting in ServeConfig.model_fields]
+)

@@ -1,0 +1,310 @@
+"""The engine: one thread that owns the device, and what other threads may ask of it."""
+
+import logging
+import threading
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from sharelora_serve.adapters.cache import AdapterCache
+from sharelora_serve.engine.kv_cache import KVCache
+from sharelora_serve.engine.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    TokenLogprobs,
+)
+from sharelora_serve.engine.runner import Runner
+from sharelora_serve.engine.sampler import SampledToken, Sampler
+from sharelora_serve.engine.scheduler import Batch, ScheduledRequest, Scheduler
+from sharelora_serve.errors import (
+    ContextLengthError,
+    EngineStoppedError,
+    QueueFullError,
+    ServeError,
+)
+
+_log = logging.getLogger(__name__)
+
+# How long the thread sleeps at most when it has nothing to do; every event wakes it at once.
+_IDLE_SECONDS = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """Figures of one moment, for metrics. Counters count from the start."""
+
+    num_running: int
+    num_waiting: int
+    kv_blocks_used: int
+    kv_blocks_total: int
+    kv_memory_bytes: int
+    prefix_cache_hits_tokens: int
+    prefix_cache_queries_tokens: int
+    num_preemptions: int
+    num_steps: int
+
+
+class Engine:
+    """Generates tokens for requests to one base and its adapters.
+
+    submit, abort, stats and the attributes may be used from any thread; all else happens on the
+    engine's own. Every request submitted gets a last RequestOutput with a finish_reason, whatever
+    happens, unless it is aborted.
+    """
+
+    def __init__(
+        self,
+        *,
+        base_name: str,
+        tokenizer: PreTrainedTokenizerFast,
+        vocab_size: int,
+        eos_token_ids: frozenset[int],
+        max_model_len: int,
+        max_queue: int,
+        adapters: AdapterCache,
+        kv_cache: KVCache,
+        kv_memory_bytes: int,
+        scheduler: Scheduler,
+        runner: Runner,
+        sampler: Sampler,
+        prepare_thread: "PrepareThread",
+        wake: threading.Event,
+    ) -> None:
+        """Assemble an engine; `load_engine` makes the parts.
+
+        wake            set whenever there may be work: by the adapter cache, and by submit
+        prepare_thread  called first on the engine's thread
+        """
+        self.base_name = base_name
+        self.tokenizer = tokenizer
+        self.vocab_size = vocab_size
+        self.eos_token_ids = eos_token_ids
+        self.max_model_len = max_model_len
+        self.adapters = adapters
+        self._max_queue = max_queue
+        self._kv_cache = kv_cache
+        self._kv_memory_bytes = kv_memory_bytes
+        self._scheduler = scheduler
+        self._runner = runner
+        self._sampler = sampler
+        self._prepare_thread = prepare_thread
+        self._wake = wake
+        self._inbox: deque[Request | str] = deque()  # requests, and ids of those to abort
+        self._lock = threading.Lock()
+        self._num_open = 0  # submitted and not ended: only ever changed under the lock
+        self._requests: dict[str, Request] = {}
+        self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
+        self._num_steps = 0
+        self._stopping = False
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; returns once it is ready for requests."""
+        self._thread.start()
+        self._ready.wait()
+
+    def stop(self) -> None:
+        """End the thread; every request still open fails with EngineStoppedError."""
+        self._stopping = True
+        self._wake.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        self.adapters.close()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken."""
+        return self._ready.is_set() and self.is_alive and not self._stopping
+
+    def submit(self, request: Request) -> None:
+        """Queue a request.
+
+        Raises QueueFullError when too many wait, ContextLengthError when the KV cache could never
+        hold it, EngineStoppedError when the engine does not run.
+        """
+        num_tokens = len(request.prompt_ids) + request.sampling.max_tokens
+        if num_tokens > self._kv_cache.max_tokens:
+            raise ContextLengthError(
+                f"the prompt's {len(request.prompt_ids)} tokens and max_tokens "
+                f"{request.sampling.max_tokens} exceed the {self._kv_cache.max_tokens} tokens that "
+                "the server's KV cache holds; shorten the prompt or lower max_tokens",
+                param="max_tokens",
+            )
+        with self._lock:
+            if not self.is_ready:
+                raise EngineStoppedError("the engine is not running; try another server")
+            if self._scheduler.num_waiting + len(self._inbox) >= self._max_queue:
+                raise QueueFullError(
+                    f"{self._max_queue} requests are waiting already; try again later",
+                    retry_after_seconds=1,
+                )
+            self._inbox.append(request)
+        self._wake.set()
+
+    def abort(self, request_id: str) -> None:
+        """Forget a request at the next step; nothing more is delivered. Unknown ids are fine."""
+        self._inbox.append(request_id)
+        self._wake.set()
+
+    def stats(self) -> EngineStats:
+        """The figures of this moment."""
+        return EngineStats(
+            num_running=self._scheduler.num_running,
+            num_waiting=self._scheduler.num_waiting + len(self._inbox),
+            kv_blocks_used=self._kv_cache.num_used_blocks,
+            kv_blocks_total=self._kv_cache.num_blocks,
+            kv_memory_bytes=self._kv_memory_bytes,
+            prefix_cache_hits_tokens=self._kv_cache.num_hit_tokens,
+            prefix_cache_queries_tokens=self._kv_cache.num_queried_tokens,
+            num_preemptions=self._scheduler.num_preemptions,
+            num_steps=self._num_steps,
+        )
+
+    def _run(self) -> None:
+        try:
+            self._prepare_thread()
+            self._ready.set()
+            while not self._stopping:
+                self._wake.clear()
+                self._take_inbox()
+                if not self._step():
+                    self._wake.wait(_IDLE_SECONDS)
+        except Exception:
+            _log.exception("the engine stopped: a bug; restart the server")
+        finally:
+            with self._lock:
+                self._stopping = True
+                self._ready.set()
+            self._take_inbox()
+            stopped = EngineStoppedError("the engine stopped before the answer was complete")
+            for request in list(self._requests.values()):
+                self._deliver(request, [], error=stopped)
+
+    def _take_inbox(self) -> None:
+        while self._inbox:
+            item = self._inbox.popleft()
+            if isinstance(item, Request):
+                self._requests[item.request_id] = item
+                self._scheduler.add(item)
+            elif self._requests.pop(item, None) is not None:
+                self._scheduler.abort(item)
+                self._prompt_logprobs.pop(item, None)
+
+    def _step(self) -> bool:
+        """Run one batch; False when there is nothing to run."""
+        batch = self._scheduler.schedule()
+        if batch is None:
+            return False
+        for failed in batch.failed:
+            self._deliver(failed.request, [], error=failed.error)
+        if not batch.scheduled:
+            return True
+        try:
+            with torch.inference_mode():
+                logits, rows = self._runner.run(batch.scheduled)
+                self._finish_step(batch, logits, rows)
+        except Exception:
+            # What is wrong with a batch is not known to be wrong with the next.
+            _log.exception("a step failed; its requests fail with it")
+            error = ServeError("the server failed while computing this answer; try again")
+            for item in batch.scheduled:
+                if item.request.request_id in self._requests:
+                    self._scheduler.finish(item.request)
+                    self._deliver(item.request, [], error=error)
+        self._num_steps += 1
+        return True
+
+    def _finish_step(self, batch: Batch, logits: Tensor, rows: list[slice]) -> None:
+        """Count the batch as computed, sample, and deliver."""
+        for item, its_rows in zip(batch.scheduled, rows, strict=True):
+            if item.request.sampling.prompt_logprobs is not None:
+                self._note_prompt(item, logits[its_rows])
+        sampled = [
+            (item.request, its_rows.stop - 1)
+            for item, its_rows in zip(batch.scheduled, rows, strict=True)
+            if item.needs_logits
+        ]
+        self._scheduler.complete(batch)
+        if not sampled:
+            return
+        if len(sampled) < len(logits):
+            logits = logits[[row for _, row in sampled]]
+        tokens = self._sampler.sample(logits, [request for request, _ in sampled])
+        for (request, _), token in zip(sampled, tokens, strict=True):
+            self._append(request, token)
+
+    def _append(self, request: Request, token: SampledToken | ServeError) -> None:
+        if isinstance(token, ServeError):
+            self._scheduler.finish(request)
+            self._deliver(request, [], error=token)
+            return
+        if request.sampling.max_tokens == 0:
+            self._scheduler.finish(request)
+            request.finish_reason = FinishReason.LENGTH
+            self._deliver(request, [])
+            return
+        request.output_ids.append(token.token_id)
+        request.finish_reason = self._finish_reason(request)
+        if request.finish_reason is not None:
+            self._scheduler.finish(request)
+        self._deliver(
+            request, [token.token_id], None if token.logprobs is None else [token.logprobs]
+        )
+
+    def _finish_reason(self, request: Request) -> FinishReason | None:
+        sampling, token_id = request.sampling, request.output_ids[-1]
+        if len(request.output_ids) >= sampling.min_tokens and (
+            token_id in sampling.stop_token_ids
+            or (token_id in self.eos_token_ids and not sampling.ignore_eos)
+        ):
+            return FinishReason.STOP
+        if len(request.output_ids) >= sampling.max_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def _note_prompt(self, item: ScheduledRequest, logits: Tensor) -> None:
+        """Keep the log-probabilities of the prompt tokens that a chunk's rows predict."""
+        request, start = item.request, item.request.num_computed
+        num_top = request.sampling.prompt_logprobs
+        assert num_top is not None, "only requests that asked for prompt_logprobs come here"
+        known = self._prompt_logprobs.setdefault(
+            request.request_id, [None] * len(request.prompt_ids)
+        )
+        following = request.prompt_ids[start + 1 : start + 1 + item.num_tokens]
+        if following:
+            known[start + 1 : start + 1 + len(following)] = self._sampler.prompt_logprobs(
+                logits[: len(following)], following, num_top
+            )
+
+    def _deliver(
+        self,
+        request: Request,
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs] | None = None,
+        error: ServeError | None = None,
+    ) -> None:
+        if error is not None:
+            request.finish_reason = FinishReason.ERROR
+        if request.finish_reason is not None:
+            self._requests.pop(request.request_id, None)
+        request.deliver(
+            RequestOutput(
+                request_id=request.request_id,
+                token_ids=token_ids,
+                logprobs=logprobs,
+                prompt_logprobs=self._prompt_logprobs.pop(request.request_id, None),
+                finish_reason=request.finish_reason,
+                error=error,
+                num_cached_tokens=request.num_cached_tokens,
+            )
+        )

@@ -1,0 +1,40 @@
+"""Fold one adapter into the base's weights, and serve everybody else beside it."""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharelora_serve.adapters.adapter import Adapter, PageTable
+from sharelora_serve.models.loader import Fold
+
+
+def fold_adapter(adapter: Adapter, dtype: torch.dtype) -> Fold:
+    """W -> W + scaling * B A, with the factors as a pool of `dtype` holds them.
+
+    The others subtract the pool's factors again, so these and no finer ones are folded in.
+    """
+
+    def fold(layer: int, module: str, weight: Tensor) -> Tensor:
+        pair = adapter.pairs.get((layer, module))
+        if pair is None:
+            return weight
+        return weight + pair.scaling * (pair.b.to(dtype).float() @ pair.a.to(dtype).float())
+
+    return fold
+
+
+def subtract_pages(table: PageTable | None, merged: PageTable) -> PageTable:
+    """The pages of a request beside a merged adapter: its own, and the merged one's negated.
+
+    table is None for the base.
+    """
+    if table is None:
+        return PageTable(merged.offsets, merged.a_pages, merged.b_pages, -merged.scaling)
+    # Inserting keeps the order of entries: the merged pages of an entry go after its own.
+    places = np.repeat(table.offsets[1:], np.diff(merged.offsets))
+    return PageTable(
+        table.offsets + merged.offsets,
+        np.insert(table.a_pages, places, merged.a_pages),
+        np.insert(table.b_pages, places, merged.b_pages),
+        np.insert(table.scaling, places, -merged.scaling),
+    )

@@ -1,0 +1,49 @@
+"""What the kernels are told about a batch besides its activations."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+BLOCK_SIZE = 16
+"""Tokens in a block of the KV cache."""
+
+PAGE_RANK = 8
+"""Rank rows in a page of the matrix pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionBatch:
+    """Where each row of a packed batch stands in its sequence and in the KV cache.
+
+    positions        (num_tokens,)                 int32, the row's place in its sequence
+    row_sequence     (num_tokens,)                 int32, which row of block_tables is its own
+    block_tables     (num_sequences, max_blocks)   int32, KV block ids in token order
+    tasks            (num_tasks, 2)                int32, (first row, number of rows): short runs
+                                                   of one sequence's rows, attended to together
+    """
+
+    positions: Tensor
+    row_sequence: Tensor
+    block_tables: Tensor
+    tasks: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterBatch:
+    """The rank pages of every adapter in a batch, as in PageTable, one after the other.
+
+    row_adapter  (num_tokens,)                        int32, row of `offsets`; 0 is no adapter
+    offsets      (1 + num_adapters, num_entries + 1)  int32, into the next three; row 0 is zeros
+    a_pages      (num_pages,)                         int32
+    b_pages      (num_pages,)                         int32
+    scaling      (num_pages,)                         float32
+    arena        (num_elements,)                      the pool's memory, in its own dtype; page p of
+                                                      width f starts at element p * 8 * f
+    """
+
+    row_adapter: Tensor
+    offsets: Tensor
+    a_pages: Tensor
+    b_pages: Tensor
+    scaling: Tensor
+    arena: Tensor

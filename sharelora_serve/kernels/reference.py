@@ -1,0 +1,142 @@
+"""The kernels in plain torch: what each computes, on any device, to hold the fast ones against."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sharelora_serve.kernels.batch import BLOCK_SIZE, PAGE_RANK, AdapterBatch, AttentionBatch
+
+
+def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+
+
+def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+    """heads (num_tokens, num_heads, head_dim); cosine, sine (num_tokens, head_dim / 2)."""
+    first, second = heads.chunk(2, dim=-1)
+    cosine, sine = cosine.unsqueeze(1), sine.unsqueeze(1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+class ReferenceKernels:
+    """The kernels that `models` calls, as the formulas have them."""
+
+    name = "reference"
+
+    def pack(self, weight: Tensor) -> Any:
+        """A weight (out, in) as it is."""
+        return weight
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
+        """out[:, :out_features] = x W^T + bias; `out` may be wider."""
+        wide = weight.to(x.dtype)
+        out[:, : wide.shape[0]] = torch.nn.functional.linear(x, wide, bias)
+
+    def embed(self, weight: Any, token_ids: Tensor, out: Tensor) -> None:
+        """out[t] = row token_ids[t] of a weight."""
+        out.copy_(weight[token_ids])
+
+    def add_and_norm(
+        self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor
+    ) -> None:
+        """x += delta; out = root-mean-square norm of x times weight (arXiv 1910.07467)."""
+        x += delta[:, : x.shape[1]]
+        out.copy_(_norm(x, weight, eps))
+
+    def silu_and_multiply(self, gate_up: Tensor, out: Tensor) -> None:
+        """out = silu(gate) * up, the two halves of gate_up (arXiv 2002.05202)."""
+        inner = out.shape[1]
+        gate, up = gate_up[:, :inner], gate_up[:, inner : 2 * inner]
+        out.copy_(torch.nn.functional.silu(gate) * up)
+
+    def make_kv_cache(
+        self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+    ) -> tuple[Any, Any]:
+        """One layer's keys and values, both (blocks, 16, kv_heads, head_dim)."""
+        shape = (num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
+        return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+
+    def attend(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        eps: float,
+        cosine: Tensor,
+        sine: Tensor,
+        batch: AttentionBatch,
+        window: int,
+        keys: Any,
+        values: Any,
+        out: Tensor,
+    ) -> None:
+        """Rotate q and k, store k and v, attend causally over each row's own blocks.
+
+        qkv      (num_tokens, (heads + 2 kv_heads) * head_dim or more)   float32
+        q_norm   (head_dim,)   norm of each query head before rotation; empty for none; so k_norm
+        cosine   (max_positions, head_dim / 2)   of the rotary angles (arXiv 2104.09864); so sine
+        window   how many tokens a row sees, itself included; 0 for all
+        out      (num_tokens, heads * head_dim)
+        """
+        num_tokens, kv_heads, dim = qkv.shape[0], keys.shape[2], keys.shape[3]
+        heads = out.shape[1] // dim
+        split = qkv[:, : (heads + 2 * kv_heads) * dim].view(num_tokens, -1, dim)
+        query, key, value = split.split([heads, kv_heads, kv_heads], dim=1)
+        if len(q_norm):
+            query = _norm(query, q_norm, eps)
+        if len(k_norm):
+            key = _norm(key, k_norm, eps)
+        place = batch.positions.long()
+        query = _rotate(query, cosine[place], sine[place])
+        key = _rotate(key, cosine[place], sine[place])
+        blocks = batch.block_tables[batch.row_sequence.long(), place // BLOCK_SIZE].long()
+        keys[blocks, place % BLOCK_SIZE] = key.to(keys.dtype)
+        values[blocks, place % BLOCK_SIZE] = value.to(values.dtype)
+        for first, count in batch.tasks.tolist():
+            rows = slice(first, first + count)
+            table = batch.block_tables[batch.row_sequence[first].long()].long()
+            end = int(place[first + count - 1]) + 1
+            table = table[: -(-end // BLOCK_SIZE)]
+            seen_keys = keys[table].flatten(0, 1)[:end].float().transpose(0, 1)
+            seen_values = values[table].flatten(0, 1)[:end].float().transpose(0, 1)
+            distance = place[rows].unsqueeze(1) - torch.arange(end, device=place.device)
+            visible = distance >= 0
+            if window:
+                visible &= distance < window
+            answer = torch.nn.functional.scaled_dot_product_attention(
+                query[rows].transpose(0, 1).unsqueeze(0),
+                seen_keys.unsqueeze(0),
+                seen_values.unsqueeze(0),
+                attn_mask=visible,
+                enable_gqa=True,
+            )
+            out[rows] = answer[0].transpose(0, 1).reshape(count, -1)
+
+    def add_adapters(
+        self, x: Tensor, out: Tensor, batch: AdapterBatch, modules: Tensor
+    ) -> None:
+        """out[t, module] += scaling * B A x[t], every row with its own pages (arXiv 2106.09685).
+
+        modules  (num_modules, 3) int64: a module's entry in the page table, where its outputs
+                 begin in the fused output `out`, and how many they are
+        """
+        width = x.shape[1]
+        for adapter in batch.row_adapter.unique().tolist():
+            rows = (batch.row_adapter == adapter).nonzero().squeeze(1)
+            for entry, column, features in modules.tolist():
+                begin, end = batch.offsets[adapter, entry : entry + 2].tolist()
+                if begin == end:
+                    continue
+                a = _pages(batch.arena, batch.a_pages[begin:end], width)
+                b = _pages(batch.arena, batch.b_pages[begin:end], features)
+                scaling = batch.scaling[begin:end].repeat_interleave(PAGE_RANK)
+                answer = (x[rows] @ a.T * scaling) @ b
+                out[rows, column : column + features] += answer
+
+
+def _pages(arena: Tensor, page_ids: Tensor, width: int) -> Tensor:
+    """Rank rows (num_pages * 8, width) in float32."""
+    size = PAGE_RANK * width
+    view = arena[: len(arena) // size * size].view(-1, PAGE_RANK, width)
+    return view[page_ids.long()].float().flatten(0, 1)

@@ -1,0 +1,137 @@
+"""From the bytes of a request to a checked request, or to a refusal that names every problem."""
+
+import asyncio
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NoReturn, Protocol, Self, TypeVar
+
+from pydantic import ValidationError
+from starlette.requests import Request
+
+from sharelora_serve.errors import RequestTooLargeError
+from sharelora_serve.server.errors import BodyError, Problem, shortened
+
+DISCARDED_BYTES = 64 * 1024**2
+DISCARD_SECONDS = 5.0
+
+
+MAX_NAME_LENGTH = 100
+"""Characters of a field's name that a message repeats."""
+
+
+class CheckedModel(Protocol):
+    """A pydantic model that also checks what involves more than one of its fields."""
+
+    @classmethod
+    def model_validate(cls, obj: Any, /) -> Self:  # noqa: ANN401 - JSON is any value
+        """Raise ValidationError or return the model."""
+
+    def disagreements(self) -> Iterable[Problem]:
+        """Problems between fields that are right by themselves."""
+
+
+Model = TypeVar("Model", bound=CheckedModel)
+
+
+async def read_body(request: Request, max_bytes: int) -> bytes:
+    """The whole body; RequestTooLargeError as soon as it is known to exceed `max_bytes`."""
+    too_large = RequestTooLargeError(
+        f"The body is larger than {max_bytes} bytes, the most this server accepts; "
+        "send less, or raise --max-request-bytes."
+    )
+    declared = request.headers.get("content-length", "")
+    is_too_large = declared.isdecimal() and int(declared) > max_bytes
+    body = bytearray()
+    if not is_too_large:
+        async for piece in request.stream():
+            body += piece
+            if len(body) > max_bytes:
+                is_too_large = True
+                break
+    if is_too_large:
+        await _discard(request)
+        raise too_large
+    return bytes(body)
+
+
+async def _discard(request: Request) -> None:
+    """Read on for a while and keep nothing.
+
+    A client that is still sending when the connection closes sees a broken pipe, not the answer.
+    """
+    num_bytes = 0
+    try:
+        async with asyncio.timeout(DISCARD_SECONDS):
+            while num_bytes <= DISCARDED_BYTES:
+                message = await request.receive()
+                num_bytes += len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
+    except TimeoutError:
+        return
+
+
+def parse_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in `body`. Raises BodyError for anything else, NaN and Infinity included."""
+    try:
+        content = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+    except UnicodeDecodeError as error:
+        raise _invalid_json(f"is not UTF-8: {error.reason} at byte {error.start}") from None
+    except (ValueError, RecursionError) as error:
+        reason = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise _invalid_json(f"is not JSON: {reason}") from None
+    if not isinstance(content, dict):
+        message = f"the body must be a JSON object, not {shortened(content)}"
+        raise BodyError([Problem(None, "invalid_type", message)])
+    return content
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON number")
+
+
+def _invalid_json(reason: str) -> BodyError:
+    return BodyError([Problem(None, "invalid_json", f"the body {reason}")])
+
+
+def parse_body(body: bytes, model: type[Model]) -> Model:
+    """The request in `body`. Raises BodyError that lists everything wrong with it."""
+    try:
+        parsed = model.model_validate(parse_json(body))
+    except ValidationError as error:
+        raise BodyError([_problem(item) for item in error.errors()]) from None
+    if problems := list(parsed.disagreements()):
+        raise BodyError(problems)
+    return parsed
+
+
+OWN_CODES = frozenset({"unsupported_parameter", "unsupported_value", "invalid_type"})
+"""Problem codes that validators of our own raise as they are."""
+
+
+def _problem(item: Any) -> Problem:  # noqa: ANN401 - pydantic's ErrorDetails
+    """One of pydantic's findings in OpenAI's words."""
+    kind, param = item["type"], _path(item["loc"])
+    if kind == "missing":
+        return Problem(param, "missing_required_parameter", "must be given")
+    if kind == "extra_forbidden":
+        message = "Unrecognized request argument supplied; this server has none of that name"
+        return Problem(param, "unknown_parameter", message)
+    if kind in OWN_CODES:
+        return Problem(param, kind, item["msg"])
+    message = re.sub(r"^(Value error, |\w+ (?=should ))", "", item["msg"])
+    if kind in ("model_type", "dict_type"):
+        message = "should be an object"
+    if ", not" not in message:  # those of length give the length
+        message += f", not {shortened(item['input'])}"
+    is_wrong_type = kind.endswith("_type") or kind == "int_from_float"
+    return Problem(param, "invalid_type" if is_wrong_type else "invalid_value", message)
+
+
+def _path(location: tuple[int | str, ...]) -> str:
+    """('messages', 0, 'role') as messages[0].role."""
+    path = ""
+    for step in location:
+        path += f"[{step}]" if isinstance(step, int) else f".{step[:MAX_NAME_LENGTH]}"
+    return path.removeprefix(".")

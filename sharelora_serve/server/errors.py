@@ -1,0 +1,105 @@
+"""Errors as HTTP answers: OpenAI's shape, one place for the status, the headers and the words."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from sharelora_serve.errors import InvalidRequestError, QueueFullError, ServeError
+from sharelora_serve.server.ascii_json import AsciiJSONResponse
+
+INTERNAL_MESSAGE = (
+    "The server failed while answering. Nothing in the request is known to be wrong: try again, "
+    "and give the x-request-id header of this answer when you report it."
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing wrong in a request's body.
+
+    param    the field at fault, such as `messages[0].role`; None for the body as a whole
+    code     invalid_json | missing_required_parameter | unknown_parameter | invalid_type |
+             invalid_value | unsupported_parameter | unsupported_value
+    message  what was refused, what was expected and what to do, without the field's name
+    """
+
+    param: str | None
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        return self.message if self.param is None else f"{self.param}: {self.message}"
+
+
+class BodyError(InvalidRequestError):
+    """One or more fields of a request's body are refused; the message names every one of them.
+
+    `param` and `code` are the first problem's, since OpenAI's shape has room for one.
+    """
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        assert problems, "a refusal needs a reason"
+        message = "\n".join(str(problem) for problem in problems)
+        if len(problems) > 1:
+            message = f"{len(problems)} problems in the request:\n{message}"
+        super().__init__(message, param=problems[0].param)
+        self.code = problems[0].code
+
+
+def shortened(value: object, limit: int = 60) -> str:
+    """`value` as a message quotes it: one line, at most `limit` characters."""
+    # A huge value is cut before it is turned into text, so that quoting it costs nothing.
+    text = repr(value[: limit + 1] if isinstance(value, str | list | bytes) else value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."
+
+
+def error_content(error: Exception) -> dict[str, Any]:
+    """The JSON body for `error`; what is not a ServeError is not shown to the client."""
+    if isinstance(error, ServeError):
+        message, kind, param, code = error.message, error.error_type, error.param, error.code
+    else:
+        message, kind, param, code = (
+            INTERNAL_MESSAGE,
+            ServeError.error_type,
+            None,
+            ServeError.code,
+        )
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_response(error: Exception) -> AsciiJSONResponse:
+    """The whole answer for `error`, with Retry-After where waiting helps."""
+    status = error.status if isinstance(error, ServeError) else ServeError.status
+    headers = (
+        {"retry-after": str(error.retry_after_seconds)}
+        if isinstance(error, QueueFullError)
+        else None
+    )
+    return AsciiJSONResponse(error_content(error), status_code=status, headers=headers)
+
+
+async def answer_serve_error(request: Request, error: Exception) -> AsciiJSONResponse:
+    """Exception handler for ServeError and its kin."""
+    request.state.error_code = error.code if isinstance(error, ServeError) else ServeError.code
+    return error_response(error)
+
+
+async def answer_http_error(request: Request, error: Exception) -> AsciiJSONResponse:
+    """Exception handler for unknown routes (404), wrong methods (405) and the like."""
+    assert isinstance(error, HTTPException), "registered for HTTPException"
+    path, method = shortened(request.url.path), request.method
+    if error.status_code == 404:
+        code, message = "not_found", f"There is no {method} {path} on this server."
+    elif error.status_code == 405:
+        allowed = (error.headers or {}).get("allow", "another method")
+        code, message = "method_not_allowed", f"{path} takes {allowed}, not {method}."
+    else:
+        code, message = "http_error", str(error.detail)
+    request.state.error_code = code
+    content = {
+        "error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}
+    }
+    return AsciiJSONResponse(content, status_code=error.status_code, headers=error.headers)

@@ -1,0 +1,369 @@
+"""The matrix pool: whatever is added and released, live factors are what was added."""
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from torch import Tensor
+
+from sharelora_serve.adapters.adapter import Adapter, FactorPair
+from sharelora_serve.adapters.layout import MODULES, BaseLayout
+from sharelora_serve.adapters.pages import PAGE_RANK, PageAllocator, PoolFullError
+from sharelora_serve.adapters.pool import MatrixPool, Resident
+from sharelora_serve.errors import AdapterInvalidError, ConfigurationError
+
+NUM_LAYERS = 3
+SHAPES = {
+    "self_attn.q_proj": (24, 24),
+    "self_attn.k_proj": (24, 8),
+    "self_attn.v_proj": (24, 8),
+    "self_attn.o_proj": (24, 24),
+    "mlp.gate_proj": (24, 40),
+    "mlp.up_proj": (24, 40),
+    "mlp.down_proj": (40, 24),
+}
+LAYOUT = BaseLayout("tiny", NUM_LAYERS, SHAPES)
+FORMS = ("LoRA", "ShareA", "ShareB", "ShareAB", "common A")
+
+
+def factor(rank: int, features: int, seed: int) -> Tensor:
+    """Rank-major values that every pool dtype holds exactly; none is zero."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(1, 9, (rank, features), generator=generator) / 8.0
+
+
+def make_adapter(
+    form: str = "LoRA",
+    *,
+    seed: int = 0,
+    modules: tuple[str, ...] = MODULES,
+    rank: Callable[[str], int] = lambda _: 11,
+    layout: BaseLayout = LAYOUT,
+) -> Adapter:
+    """An adapter whose equal factors are one Tensor object, as `Adapter` promises."""
+    pairs: dict[tuple[int, str], FactorPair] = {}
+    made: dict[tuple[str, int, int, int], Tensor] = {}
+
+    def once(side: str, rank: int, features: int, seed: int) -> Tensor:
+        rows = factor(rank, features, seed)
+        return made.setdefault((side, rank, features, seed), rows if side == "A" else rows.T)
+
+    for layer in range(layout.num_layers):
+        for index, module in enumerate(modules):
+            in_features, out_features = layout.shapes[module]
+            own = 10_000 * seed + 100 * index + layer + 1
+            shared = 10_000 * seed + 100 * index + 50
+            a_seed = {"common A": 7}.get(form, shared if form in ("ShareA", "ShareAB") else own)
+            b_seed = shared if form in ("ShareB", "ShareAB") else own
+            a = once("A", rank(module), in_features, a_seed)
+            b = once("B", rank(module), out_features, b_seed)
+            pairs[layer, module] = FactorPair(a, b, scaling=2.0 + index + layer / 8)
+    return Adapter(f"{form}-{seed}", f"{form}-{seed}-{len(modules)}", pairs, config={})
+
+
+def assert_reads_back(pool: MatrixPool, resident: Resident, adapter: Adapter) -> None:
+    """The page table, followed through the arena, gives the adapter's factors bit for bit."""
+    table = resident.page_table
+    assert len(table.offsets) == LAYOUT.num_entries + 1
+    assert table.offsets[0] == 0
+    assert table.offsets[-1] == len(table.a_pages) == len(table.b_pages) == len(table.scaling)
+    for layer in range(LAYOUT.num_layers):
+        for module in MODULES:
+            entry = LAYOUT.entry(layer, module)
+            span = slice(table.offsets[entry], table.offsets[entry + 1])
+            pair = adapter.pairs.get((layer, module))
+            if pair is None:
+                assert span.start == span.stop
+                continue
+            rank = pair.a.shape[0]
+            assert span.stop - span.start == -(-rank // PAGE_RANK)
+            assert (table.scaling[span] == np.float32(pair.scaling)).all()
+            for pages, rows in ((table.a_pages, pair.a), (table.b_pages, pair.b.T)):
+                held = pool.view(rows.shape[1])[torch.from_numpy(pages[span])].flatten(0, 1)
+                assert torch.equal(held[:rank], rows.to(pool.dtype))
+                assert not held[rank:].any()  # padding of the last page
+
+
+def contents(adapter: Adapter, dtype: torch.dtype) -> set[tuple[bytes, torch.Size]]:
+    """The adapter's distinct factors by value, counted without the pool's help."""
+    factors = set()
+    for pair in adapter.pairs.values():
+        for rows in (pair.a, pair.b.T):
+            cast = rows.to(dtype).contiguous()
+            factors.add((cast.view(torch.uint8).numpy().tobytes(), rows.shape))
+    return factors
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """Whatever the order of adds and releases: no live factor changes, no page is lost."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.float16, "cpu")
+        # Memory that was never written holds anything; only pages that are handed out may be read.
+        self.pool.arena[PAGE_RANK * max(LAYOUT.feature_counts) :] = float("nan")
+        self.live: list[tuple[Resident, Adapter]] = []
+
+    @rule(
+        form=st.sampled_from(FORMS),
+        seed=st.integers(0, 2),  # few seeds, so equal factors are common
+        rank=st.integers(1, 20),
+        modules=st.lists(st.sampled_from(MODULES), min_size=1, unique=True),
+        mixed=st.booleans(),
+    )
+    def add(self, form: str, seed: int, rank: int, modules: list[str], mixed: bool) -> None:
+        adapter = make_adapter(
+            form,
+            seed=seed,
+            modules=tuple(modules),
+            rank=lambda module: rank + (MODULES.index(module) if mixed else 0),
+        )
+        before = self.pool.stats()
+        try:
+            self.live.append((self.pool.add(adapter, LAYOUT), adapter))
+        except PoolFullError:
+            assert self.live, "an empty pool must refuse for good, not for now"
+            assert self.pool.stats() == before
+        except AdapterInvalidError:
+            assert self.pool.num_bytes_for(adapter) > 8_192
+            assert self.pool.stats() == before
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def add_again(self, data: st.DataObject) -> None:
+        _, adapter = data.draw(st.sampled_from(self.live))
+        before = self.pool.stats().used_bytes
+        self.live.append((self.pool.add(adapter, LAYOUT), adapter))  # needs no room at all
+        assert self.pool.stats().used_bytes == before
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        resident, _ = self.live.pop(data.draw(st.integers(0, len(self.live) - 1)))
+        self.pool.release(resident)
+
+    @invariant()
+    def live_factors_are_unchanged(self) -> None:
+        for resident, adapter in self.live:
+            assert_reads_back(self.pool, resident, adapter)
+
+    @invariant()
+    def counts_and_bytes_equal_a_recount(self) -> None:
+        self.pool.check_integrity()
+        stats = self.pool.stats()
+        distinct = set().union(*(contents(adapter, torch.float16) for _, adapter in self.live))
+        pages = {
+            (features, page)
+            for resident, adapter in self.live
+            for features, page in pages_of(resident, adapter)
+        }
+        assert stats.num_adapters == len(self.live)
+        assert stats.num_factors == len(distinct)
+        assert len(pages) == sum(-(-shape[0] // PAGE_RANK) for _, shape in distinct)
+        assert stats.used_bytes == sum(2 * PAGE_RANK * features for features, _ in pages)
+        assert stats.used_bytes <= stats.capacity_bytes == 16_384
+        assert stats.expanded_bytes == 2 * sum(
+            pair.a.numel() + pair.b.numel()
+            for _, adapter in self.live
+            for pair in adapter.pairs.values()
+        )
+
+    @invariant()
+    def pages_of_different_widths_do_not_overlap(self) -> None:
+        spans = sorted(
+            {
+                (page * features, (page + 1) * features)
+                for resident, adapter in self.live
+                for features, page in pages_of(resident, adapter)
+            }
+        )
+        assert all(end <= start for (_, end), (start, _) in pairwise(spans))
+        for features in LAYOUT.feature_counts:
+            assert not self.pool.view(features)[0].any()
+
+
+def pages_of(resident: Resident, adapter: Adapter) -> set[tuple[int, int]]:
+    """Every (features, page) that the resident's table names."""
+    table = resident.page_table
+    pages = set()
+    for (layer, module), pair in adapter.pairs.items():
+        entry = LAYOUT.entry(layer, module)
+        for position in range(table.offsets[entry], table.offsets[entry + 1]):
+            pages.add((pair.a.shape[1], int(table.a_pages[position])))
+            pages.add((pair.b.shape[0], int(table.b_pages[position])))
+    return pages
+
+
+PoolMachine.TestCase.settings = settings(max_examples=40, stateful_step_count=20, deadline=None)
+TestMatrixPool = PoolMachine.TestCase
+
+
+@pytest.mark.parametrize("feature_counts", [[192, 576, 1536], [7, 11, 13], [64], [5, 8]])
+@pytest.mark.parametrize("num_pages", [2, 3, 17, 100, 3000])
+def test_every_page_of_a_chunk_is_usable_and_returns(
+    feature_counts: list[int], num_pages: int
+) -> None:
+    num_elements = num_pages * PAGE_RANK * max(feature_counts) + 3
+    for features in feature_counts:
+        allocator = PageAllocator(num_elements, feature_counts)
+        pages: list[int] = []
+        while True:
+            try:
+                pages += allocator.allocate({features: 1})[features]
+            except PoolFullError:
+                break
+        allocator.check_integrity({features: pages})
+        assert 0 not in pages
+        if features == max(feature_counts):  # the widest fit exactly, whatever the others are
+            assert len(pages) == num_pages - 1
+        elif num_pages >= 100:
+            assert len(pages) * features > 0.8 * num_pages * max(feature_counts)
+        allocator.free(features, pages)
+        allocator.check_integrity({})
+        assert sorted(allocator.allocate({features: len(pages)})[features]) == sorted(pages)
+
+
+def test_memory_given_back_by_one_width_serves_another() -> None:
+    pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.float32, "cpu")
+
+    def num_fitting(module: str) -> int:
+        """Adapters of one module that fit into the empty pool; it is empty again afterwards."""
+        residents: list[Resident] = []
+        try:
+            while True:
+                adapter = make_adapter(seed=len(residents), modules=(module,), rank=lambda _: 8)
+                residents.append(pool.add(adapter, LAYOUT))
+        except PoolFullError:
+            for resident in residents:
+                pool.release(resident)
+        pool.check_integrity()
+        assert pool.stats().used_bytes == 0
+        return len(residents)
+
+    narrow, wide = num_fitting("self_attn.k_proj"), num_fitting("mlp.down_proj")
+    assert narrow > wide > 0
+    assert num_fitting("self_attn.k_proj") == narrow
+    assert num_fitting("mlp.down_proj") == wide
+
+
+def test_many_adapters_of_one_common_a_cost_one_a_and_their_b() -> None:
+    pool = MatrixPool(8 << 20, LAYOUT.feature_counts, torch.float16, "cpu")
+    rank = 16  # no padding, so the count is exact
+    adapters = [make_adapter("common A", seed=seed, rank=lambda _: rank) for seed in range(200)]
+    for adapter in adapters:
+        pool.add(adapter, LAYOUT)
+    # One A per input width: q, k, v, o, gate and up read 24 features, down reads 40.
+    a_bytes = 2 * rank * (24 + 40)
+    b_bytes = 2 * rank * NUM_LAYERS * sum(out_features for _, out_features in SHAPES.values())
+    assert pool.stats().used_bytes == a_bytes + 200 * b_bytes
+    assert pool.stats().num_factors == 2 + 200 * NUM_LAYERS * len(MODULES)
+
+    expanded = MatrixPool(8 << 20, LAYOUT.feature_counts, torch.float16, "cpu")
+    for adapter in adapters:  # as PEFT saves them: every layer its own clone of A
+        pairs = {
+            place: FactorPair(pair.a.clone(), pair.b, pair.scaling)
+            for place, pair in adapter.pairs.items()
+        }
+        expanded.add(Adapter(adapter.name, adapter.digest, pairs, config={}), LAYOUT)
+    assert expanded.stats() == pool.stats()
+    expanded.check_integrity()
+
+
+def test_equal_a_and_b_share_their_pages() -> None:
+    pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.float32, "cpu")
+    a = factor(8, 24, seed=1)
+    pairs = {(0, "self_attn.q_proj"): FactorPair(a, a.T.contiguous(), 1.0)}
+    table = pool.add(Adapter("same", "same", pairs, config={}), LAYOUT).page_table
+    assert (table.a_pages == table.b_pages).all()
+    assert pool.stats().num_factors == 1
+
+
+def test_one_tensor_used_as_a_and_as_b_is_read_in_each_orientation() -> None:
+    pool = MatrixPool(16_384, [8], torch.float32, "cpu")
+    square = factor(8, 8, seed=1)
+    layout = BaseLayout("square", 1, dict.fromkeys(MODULES, (8, 8)))
+    pairs = {(0, "self_attn.q_proj"): FactorPair(square, square, 1.0)}
+    table = pool.add(Adapter("square", "square", pairs, config={}), layout).page_table
+    assert torch.equal(pool.view(8)[table.a_pages[0]], square)
+    assert torch.equal(pool.view(8)[table.b_pages[0]], square.T)
+
+
+@pytest.mark.parametrize(
+    ("values", "dtype", "words"),
+    [
+        ([1e5, 1.0], torch.float16, "1 values overflow (largest 1e+05, limit 6.55e+04)"),
+        ([1e-9, 1.0], torch.float16, "1 of 2 nonzero values are too small"),
+    ],
+)
+def test_factor_that_the_dtype_cannot_hold_is_refused_by_name(
+    values: list[float], dtype: torch.dtype, words: str
+) -> None:
+    pool = MatrixPool(16_384, LAYOUT.feature_counts, dtype, "cpu")
+    adapter = make_adapter(modules=("self_attn.q_proj",), rank=lambda _: 1)
+    pair = adapter.pairs[1, "self_attn.q_proj"]
+    broken = torch.zeros(1, 24)
+    broken[0, :2] = torch.tensor(values)
+    adapter.pairs[1, "self_attn.q_proj"] = FactorPair(broken, pair.b, 1.0)
+    for refuse in (lambda: pool.add(adapter, LAYOUT), lambda: pool.check(adapter)):
+        with pytest.raises(AdapterInvalidError) as caught:
+            refuse()
+        assert f"model.layers.1.self_attn.q_proj.lora_A: {words}" in caught.value.message
+        assert "--dtype" in caught.value.message
+    assert pool.stats().used_bytes == 0
+
+
+def test_one_percent_of_underflow_is_accepted() -> None:
+    pool = MatrixPool(1 << 16, [24, 100], torch.float16, "cpu")
+    layout = BaseLayout("wide", 1, dict.fromkeys(MODULES, (100, 24)))
+    a = torch.ones(1, 100)
+    a[0, 0] = 1e-9
+    pairs = {(0, "self_attn.q_proj"): FactorPair(a, torch.ones(24, 1), 1.0)}
+    pool.add(Adapter("barely", "barely", pairs, config={}), layout)
+    assert pool.stats().num_factors == 2
+
+
+def test_adapter_larger_than_the_pool_is_refused_for_good() -> None:
+    pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.float32, "cpu")
+    huge = make_adapter(rank=lambda _: 64)
+    for refuse in (lambda: pool.add(huge, LAYOUT), lambda: pool.check(huge)):
+        with pytest.raises(AdapterInvalidError, match="--adapter-memory"):
+            refuse()
+    small = make_adapter("ShareAB", modules=("self_attn.q_proj",))
+    resident = pool.add(small, LAYOUT)
+    with pytest.raises(AdapterInvalidError):  # also while others are in the way
+        pool.add(huge, LAYOUT)
+    assert_reads_back(pool, resident, small)
+
+
+def test_pool_too_small_for_any_page_names_the_flag() -> None:
+    with pytest.raises(ConfigurationError, match="--adapter-memory"):
+        MatrixPool(1_000, LAYOUT.feature_counts, torch.float32, "cpu")
+
+
+def test_releasing_twice_is_a_bug_that_is_seen() -> None:
+    pool = MatrixPool(65_536, LAYOUT.feature_counts, torch.float32, "cpu")
+    resident = pool.add(make_adapter("ShareAB"), LAYOUT)
+    pool.release(resident)
+    with pytest.raises(AssertionError, match="released twice"):
+        pool.release(resident)
+
+
+def test_same_factor_added_by_many_threads_at_once_is_written_before_it_is_used() -> None:
+    pool = MatrixPool(1 << 20, LAYOUT.feature_counts, torch.float16, "cpu")
+    adapters = [make_adapter("common A", seed=seed % 3) for seed in range(24)]
+
+    def add_and_read(adapter: Adapter) -> None:
+        resident = pool.add(adapter, LAYOUT)
+        assert_reads_back(pool, resident, adapter)
+        pool.release(resident)
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(add_and_read, adapters))
+    pool.check_integrity()
+    assert pool.stats().used_bytes == 0

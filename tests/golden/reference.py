@@ -1,0 +1,101 @@
+"""The right answers: Hugging Face's own model with W + s B A folded into its weights, in float32.
+
+Nothing of the server computes here; only the adapter's reader is shared, and reference_with_peft
+goes without that as well.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from sharelora_serve.adapters.adapter import Adapter
+
+AMBIGUOUS_GAP = 2e-4
+"""Two logits closer than this may change places: both sides are allowed to be off by 1e-4."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceAnswer:
+    """A greedy continuation.
+
+    token_ids  the most likely token of every step
+    logprobs   (num_tokens, vocab_size) float32, natural-log probabilities at every step
+    """
+
+    token_ids: list[int]
+    logprobs: Tensor
+
+    @property
+    def num_clear(self) -> int:
+        """Steps before the first whose two best tokens are closer than AMBIGUOUS_GAP.
+
+        From there on rounding decides what the answer is, and no comparison means anything. It
+        happens about once in 2500 steps of a tiny model.
+        """
+        best, second = self.logprobs.topk(2).values.unbind(dim=1)
+        ambiguous = (best - second < AMBIGUOUS_GAP).nonzero()
+        return int(ambiguous[0]) if len(ambiguous) else len(self.token_ids)
+
+
+def load_reference(model_folder: Path) -> PreTrainedModel:
+    """The Hugging Face model of a folder, in float32 on the CPU."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
+    return model  # from_pretrained leaves it in evaluation mode
+
+
+@contextmanager
+def folded(model: PreTrainedModel, adapter: Adapter | None) -> Iterator[None]:
+    """Hold W + scaling * B A in place of each adapted W; on leaving, the very same W again."""
+    originals: list[tuple[Tensor, Tensor]] = []
+    try:
+        for (layer, module), pair in (adapter.pairs if adapter is not None else {}).items():
+            weight = model.model.layers[layer].get_submodule(module).weight.data
+            originals.append((weight, weight.clone()))
+            weight += pair.scaling * (pair.b.float() @ pair.a.float())
+        yield
+    finally:
+        for weight, original in originals:
+            weight.copy_(original)
+
+
+def reference_greedy(
+    model: PreTrainedModel, adapter: Adapter | None, prompt_ids: list[int], num_tokens: int
+) -> ReferenceAnswer:
+    """What `model` with `adapter` folded in, or as it is for None, answers to a prompt."""
+    with folded(model, adapter):
+        return _greedy(model, prompt_ids, num_tokens)
+
+
+def reference_with_peft(
+    model_folder: Path, adapter_folder: Path, prompt_ids: list[int], num_tokens: int
+) -> ReferenceAnswer:
+    """What PEFT answers, which reads the adapter's folder itself and folds nothing."""
+    model = PeftModel.from_pretrained(load_reference(model_folder), adapter_folder)
+    return _greedy(model, prompt_ids, num_tokens)
+
+
+@torch.inference_mode()
+def _greedy(
+    model: PreTrainedModel | PeftModel, prompt_ids: list[int], num_tokens: int
+) -> ReferenceAnswer:
+    token_ids: list[int] = []
+    logprobs: list[Tensor] = []
+    cache = None
+    for _ in range(num_tokens):
+        new_ids = prompt_ids if cache is None else token_ids[-1:]
+        output = model(
+            input_ids=torch.tensor([new_ids]),
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        logprobs.append(output.logits[0, -1].log_softmax(dim=-1))
+        token_ids.append(int(logprobs[-1].argmax()))
+    return ReferenceAnswer(token_ids, torch.stack(logprobs))
