@@ -1,3 +1,3 @@
-"""ShareLoRA Serve: thousands of fine-tuned variants of one language model from one resident copy."""
+"""ShareLoRA Serve: thousands of fine-tuned variants of one model from one resident copy."""
 
 __version__ = "0.1.0"

@@ -110,9 +110,7 @@ def test_every_wrong_setting_is_named_with_its_value_and_what_it_should_be() -> 
 
 def test_settings_that_contradict_each_other_are_refused_together() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        ServeConfig(
-            merge="acme", device="cuda", kernels="cpu", max_running=600, prefill_chunk=700
-        )
+        ServeConfig(merge="acme", device="cuda", kernels="cpu", max_running=600, prefill_chunk=700)
     lines = caught.value.message.splitlines()
     assert lines[0] == "4 wrong settings"
     for part in ("merge = 'acme'", "kernels = 'cpu'", "max_running = 600", "prefill_chunk = 700"):

@@ -74,7 +74,8 @@ def read_weights(path: Path) -> Weights:
     """
     data = path.read_bytes()
     try:
-        entries = safetensors.deserialize(data)  # checks every size and offset
+        # Checks every size and offset.
+        entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise AdapterInvalidError(
             f"is not a whole safetensors file ({error}); copy or save it again"

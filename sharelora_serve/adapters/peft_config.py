@@ -18,19 +18,21 @@ _CONVERT_INIT = (
     "which writes plain LoRA"
 )
 
+# fmt: off
 # PEFT's fields that say how an adapter was trained or where, and nothing about what it computes.
 # target_modules and the like are among them: the tensors themselves are the truth.
-_HARMLESS_FIELDS = frozenset(
-    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode "
-    "target_modules exclude_modules layers_pattern lora_dropout fan_in_fan_out "
-    "megatron_config megatron_core loftq_config eva_config corda_config lora_ga_config "
-    "qalora_group_size runtime_config ensure_weight_tying "
-    "enable_lora merge_weights lora_dtype lorap_lr_ratio lorap_emb_lr".split()
-)
-_UNDERSTOOD_FIELDS = frozenset(
-    "peft_type r lora_alpha use_rslora rank_pattern alpha_pattern layers_to_transform "
-    "bias init_lora_weights".split()
-)
+_HARMLESS_FIELDS = frozenset({
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision",
+    "inference_mode", "target_modules", "exclude_modules", "layers_pattern", "lora_dropout",
+    "fan_in_fan_out", "megatron_config", "megatron_core", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+    "enable_lora", "merge_weights", "lora_dtype", "lorap_lr_ratio", "lorap_emb_lr",
+})
+_UNDERSTOOD_FIELDS = frozenset({
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern",
+    "layers_to_transform", "bias", "init_lora_weights",
+})
+# fmt: on
 _COMPACT_FIELDS = frozenset({"share", "share_qkv"})
 
 _REFUSED_FIELDS = {
@@ -116,7 +118,7 @@ def scaling_fits(value: float) -> bool:
     """Whether a scale survives as float32, which is what kernels multiply by."""
     try:
         return math.isfinite(struct.unpack("<f", struct.pack("<f", value))[0])
-    except OverflowError:
+    except (OverflowError, struct.error):  # a float and an integer that are too large
         return False
 
 

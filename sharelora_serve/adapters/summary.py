@@ -42,8 +42,10 @@ def summarise(adapter: Adapter) -> AdapterSummary:
     factors = {id(factor): factor for pair in pairs.values() for factor in (pair.a, pair.b)}
     sides = "".join(
         side
-        for side, of in (("A", [pair.a for pair in pairs.values()]),
-                         ("B", [pair.b for pair in pairs.values()]))
+        for side, of in (
+            ("A", [pair.a for pair in pairs.values()]),
+            ("B", [pair.b for pair in pairs.values()]),
+        )
         if _is_shared(pairs, of)
     )
     adapted = {module for _, module in pairs}

@@ -1,8 +1,8 @@
 """The command line: serve, chat and adapters.
 
-    sharelora-serve serve      one base and its adapters over HTTP
-    sharelora-serve chat       talk to a model of a running server
-    sharelora-serve adapters   list, inspect, convert and export adapters
+sharelora-serve serve      one base and its adapters over HTTP
+sharelora-serve chat       talk to a model of a running server
+sharelora-serve adapters   list, inspect, convert and export adapters
 """
 
 import typer

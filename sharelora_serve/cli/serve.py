@@ -46,9 +46,9 @@ def _run(config: ServeConfig, console: Console) -> None:
     listener = _bind(config.host, config.port)  # before loading: a taken port is told at once
     # Slow imports, which --help and the other commands need not wait for.
     with console.status(f"Loading {config.base_name}"):
-        from sharelora_serve.engine.engine import load_engine
+        from sharelora_serve.engine.load import load_engine
         from sharelora_serve.server.app import create_app
-    engine = load_engine(config)
+    engine = load_engine(config, console)
     application = create_app(engine, config)
     server = _AnnouncingServer(
         uvicorn.Config(
@@ -97,7 +97,7 @@ def _bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def _interrupt(signal_number: int, frame: FrameType | None) -> None:
+def _interrupt(_signal_number: int, _frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 

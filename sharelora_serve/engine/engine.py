@@ -3,6 +3,7 @@
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -71,7 +72,7 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         sampler: Sampler,
-        prepare_thread: "PrepareThread",
+        prepare_thread: Callable[[], None],
         wake: threading.Event,
     ) -> None:
         """Assemble an engine; `load_engine` makes the parts.

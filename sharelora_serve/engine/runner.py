@@ -1,8 +1,10 @@
 """From the scheduler's choice to logits: one packed batch of prefill chunks and decodes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -32,7 +34,9 @@ class Runner:
         decoder: Decoder,
         arena: Tensor,
         merged: tuple[AdapterVersion, PageTable] | None,
+        device: torch.device,
     ) -> None:
+        self._device = device
         self._decoder = decoder
         self._arena = arena
         self._merged = merged
@@ -76,18 +80,21 @@ class Runner:
         for sequence, item in enumerate(scheduled):
             tables[sequence, : len(item.request.block_table)] = item.request.block_table
         attention = AttentionBatch(
-            positions=torch.tensor(positions, dtype=torch.int32),
-            row_sequence=torch.tensor(row_sequence, dtype=torch.int32),
-            block_tables=torch.from_numpy(tables),
-            tasks=torch.tensor(tasks, dtype=torch.int32),
+            positions=torch.tensor(positions, dtype=torch.int32, device=self._device),
+            row_sequence=torch.tensor(row_sequence, dtype=torch.int32, device=self._device),
+            block_tables=self._from_numpy(tables),
+            tasks=torch.tensor(tasks, dtype=torch.int32, device=self._device),
         )
         logits = self._decoder.forward(
-            torch.tensor(token_ids, dtype=torch.int64),
+            torch.tensor(token_ids, dtype=torch.int64, device=self._device),
             attention,
             self._adapters(scheduled, len(token_ids)),
-            torch.tensor(logit_rows, dtype=torch.int64),
+            torch.tensor(logit_rows, dtype=torch.int64, device=self._device),
         )
         return logits, slices
+
+    def _from_numpy(self, array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(array).to(self._device)
 
     def _adapters(
         self, scheduled: Sequence[ScheduledRequest], num_tokens: int
@@ -115,7 +122,7 @@ class Runner:
             packed = self._pack(tables)
             self._tables, self._packed = tables, packed
         return AdapterBatch(
-            torch.from_numpy(row_adapter),
+            self._from_numpy(row_adapter),
             packed.offsets,
             packed.a_pages,
             packed.b_pages,
@@ -147,9 +154,9 @@ class Runner:
             start += int(table.offsets[-1])
         return AdapterBatch(
             row_adapter=torch.empty(0, dtype=torch.int32),
-            offsets=torch.from_numpy(offsets),
-            a_pages=torch.from_numpy(np.concatenate([table.a_pages for table in tables])),
-            b_pages=torch.from_numpy(np.concatenate([table.b_pages for table in tables])),
-            scaling=torch.from_numpy(np.concatenate([table.scaling for table in tables])),
+            offsets=self._from_numpy(offsets),
+            a_pages=self._from_numpy(np.concatenate([table.a_pages for table in tables])),
+            b_pages=self._from_numpy(np.concatenate([table.b_pages for table in tables])),
+            scaling=self._from_numpy(np.concatenate([table.scaling for table in tables])),
             arena=self._arena,
         )

@@ -129,6 +129,7 @@ class Scheduler:
         self._running: list[_Entry] = []  # in order of arrival
         self._asked: dict[str, AdapterVersion] = {}  # by digest: waited for or prefetched
         self._num_arrived = 0
+        self.num_preemptions = 0  # since the start
 
     @property
     def num_waiting(self) -> int:
@@ -224,6 +225,7 @@ class Scheduler:
         while not self._kv_cache.grow(entry.request, num_tokens):
             assert len(self._running) > 1, f"{entry.request.request_id} exceeds the KV cache"
             last = self._running.pop()
+            self.num_preemptions += 1
             self._give_back(last.request)
             self._waiting.insert(0, last)
             if last is entry:
@@ -243,8 +245,9 @@ class Scheduler:
             if not self._kv_cache.can_start(request, self._num_reserved_blocks()):
                 break
             if request.adapter is not None:
+                pages: PageTable | Waiting | None = asked.get(request.adapter.digest)
                 try:
-                    if (pages := asked.get(request.adapter.digest)) is None:
+                    if pages is None:
                         pages = self._acquire(request.adapter)
                 except ServeError as error:
                     self._remove(entry)

@@ -17,6 +17,7 @@ class AttentionBatch:
 
     positions        (num_tokens,)                 int32, the row's place in its sequence
     row_sequence     (num_tokens,)                 int32, which row of block_tables is its own
+                                                   (rows of a sequence stand together, in order)
     block_tables     (num_sequences, max_blocks)   int32, KV block ids in token order
     tasks            (num_tasks, 2)                int32, (first row, number of rows): short runs
                                                    of one sequence's rows, attended to together

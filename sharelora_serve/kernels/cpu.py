@@ -16,6 +16,9 @@ from sharelora_serve.kernels.batch import BLOCK_SIZE, PAGE_RANK, AdapterBatch, A
 from sharelora_serve.kernels.product import add_block_product, block_product, pack, product
 from sharelora_serve.kernels.vector import LANES, float_from_bits, from_float, to_float
 
+# error_model="numpy": a division by zero gives infinity or NaN in the row at fault. numba's own
+# would raise, and so fail all requests of the batch.
+
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
 _LN2_LOW = np.float32(-2.12194440e-4)
@@ -46,7 +49,7 @@ def _exp(x: Any) -> Any:
     return p * float_from_bits(np.int32((np.int32(n) + np.int32(127)) << np.int32(23)))
 
 
-@numba.njit(nogil=True, fastmath={"contract", "reassoc"})
+@numba.njit(nogil=True, fastmath={"contract", "reassoc"}, error_model="numpy")
 def _norm_row(row: Any, weight: Any, eps: Any, to: Any) -> None:
     total = np.float32(0)
     for i in range(row.shape[0]):
@@ -73,7 +76,7 @@ def _add_and_norm(x: Any, delta: Any, weight: Any, eps: Any, out: Any) -> None:
             _add_and_norm_row(x[t], delta[t], weight, eps, out[t])
 
 
-@numba.njit(nogil=True, fastmath={"contract"})
+@numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")
 def _silu_and_multiply_row(gate: Any, up: Any, to: Any) -> None:
     for i in range(to.shape[0]):
         to[i] = gate[i] / (np.float32(1) + _exp(-gate[i])) * up[i]
@@ -105,7 +108,19 @@ def _rotate(head: Any, norm: Any, eps: Any, cosine: Any, sine: Any, scale: Any, 
         to[d + half] = (second * cosine[d] + first * sine[d]) * scale
 
 
-@numba.njit(parallel=True, nogil=True, cache=True)
+@numba.njit(nogil=True)
+def _clear_after(value: Any, at: Any) -> None:
+    """Zero what stands behind a sequence's last token in its last block of values.
+
+    It is left over from whoever had the block before, and masked, but zero times infinity is NaN.
+    """
+    for part in range(value.shape[0]):
+        for behind in range(at + 1, BLOCK_SIZE):
+            for lane in range(LANES):
+                value[part, behind, lane] = 0
+
+
+@numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def _attend(
     qkv: Any,
     q_norm: Any,
@@ -158,6 +173,8 @@ def _attend(
             for d in range(head_dim):
                 old = value[d // LANES, at, d % LANES]
                 value[d // LANES, at, d % LANES] = from_float(qkv[t, start + d], old)
+            if t + 1 == positions.shape[0] or row_sequence[t + 1] != row_sequence[t]:
+                _clear_after(value, at)
 
     for task in numba.prange(tasks.shape[0] * kv_heads):
         first, count, k = tasks[task // kv_heads, 0], tasks[task // kv_heads, 1], task % kv_heads
@@ -206,7 +223,7 @@ def _attend(
                 to[start + d] = total[r, d]
 
 
-@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nnan", "nsz"})
+@numba.njit(nogil=True, fastmath={"contract", "reassoc", "nnan", "nsz"}, error_model="numpy")
 def _softmax(line: Any, low: Any, high: Any) -> None:
     """Softmax of line[low:high] in place, exact zeros elsewhere."""
     seen = line[low:high]
@@ -335,7 +352,12 @@ class CpuKernels:
         _silu_and_multiply(gate_up.numpy(), out.numpy())
 
     def make_kv_cache(
-        self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> tuple[Any, Any]:
         """One layer's keys (blocks, kv_heads, dim, 16) and values (blocks, kv_heads, dim / 16, 16, 16).
 
@@ -343,9 +365,11 @@ class CpuKernels:
         is masked is still multiplied, by zero.
         """
         dim_blocks = -(-head_dim // LANES)
-        keys = torch.zeros(num_blocks, num_kv_heads, dim_blocks * LANES, BLOCK_SIZE, dtype=dtype)
+        keys = torch.zeros(
+            num_blocks, num_kv_heads, dim_blocks * LANES, BLOCK_SIZE, dtype=dtype, device=device
+        )
         values = torch.zeros(
-            num_blocks, num_kv_heads, dim_blocks, BLOCK_SIZE, LANES, dtype=dtype
+            num_blocks, num_kv_heads, dim_blocks, BLOCK_SIZE, LANES, dtype=dtype, device=device
         )
         return stored(keys), stored(values)
 
@@ -381,9 +405,7 @@ class CpuKernels:
             out.numpy(),
         )
 
-    def add_adapters(
-        self, x: Tensor, out: Tensor, batch: AdapterBatch, modules: Tensor
-    ) -> None:
+    def add_adapters(self, x: Tensor, out: Tensor, batch: AdapterBatch, modules: Tensor) -> None:
         """out[t, module] += scaling * B A x[t], every row with its own pages."""
         _add_adapters(
             x.numpy(),

@@ -33,7 +33,12 @@ class Kernels(Protocol):
         """See ReferenceKernels."""
 
     def make_kv_cache(
-        self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> tuple[Any, Any]:
         """See ReferenceKernels."""
 

@@ -51,11 +51,19 @@ class ReferenceKernels:
         out.copy_(torch.nn.functional.silu(gate) * up)
 
     def make_kv_cache(
-        self, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+        self,
+        num_blocks: int,
+        num_kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
     ) -> tuple[Any, Any]:
         """One layer's keys and values, both (blocks, 16, kv_heads, head_dim)."""
         shape = (num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
-        return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+        return (
+            torch.zeros(shape, dtype=dtype, device=device),
+            torch.zeros(shape, dtype=dtype, device=device),
+        )
 
     def attend(
         self,
@@ -113,9 +121,7 @@ class ReferenceKernels:
             )
             out[rows] = answer[0].transpose(0, 1).reshape(count, -1)
 
-    def add_adapters(
-        self, x: Tensor, out: Tensor, batch: AdapterBatch, modules: Tensor
-    ) -> None:
+    def add_adapters(self, x: Tensor, out: Tensor, batch: AdapterBatch, modules: Tensor) -> None:
         """out[t, module] += scaling * B A x[t], every row with its own pages (arXiv 2106.09685).
 
         modules  (num_modules, 3) int64: a module's entry in the page table, where its outputs

@@ -128,9 +128,7 @@ def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool) -> An
                 start = builder.mul(builder.add(row, word(offset)), width)
                 return builder.gep(pointer, [builder.add(start, column)])
 
-            rows = [
-                place(source.data, row_at, i, x_width, column_at) for i in range(num_rows)
-            ]
+            rows = [place(source.data, row_at, i, x_width, column_at) for i in range(num_rows)]
             block_width = builder.mul(depth, word(LANES))
             blocks = [
                 place(packed.data, block_at, j, block_width, word(0)) for j in range(num_blocks)

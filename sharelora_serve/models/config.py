@@ -101,7 +101,9 @@ def load_model_config(folder: Path) -> ModelConfig:
         )
     problems = []
     if getattr(config, "quantization_config", None):
-        problems.append("quantization_config: quantised weights; give a checkpoint in 16 or 32 bits")
+        problems.append(
+            "quantization_config: quantised weights; give a checkpoint in 16 or 32 bits"
+        )
     if config.hidden_act != "silu":
         problems.append(f"hidden_act: {config.hidden_act!r}, expected 'silu'")
     rope_type = config.rope_parameters["rope_type"]
@@ -133,11 +135,11 @@ def load_model_config(folder: Path) -> ModelConfig:
     )
 
 
-def _windows(config: Any) -> tuple[int, ...]:
-    window = getattr(config, "sliding_window", None) or 0
+def _windows(config: Any) -> tuple[int, ...]:  # noqa: ANN401 - any Hugging Face configuration
+    window: int = getattr(config, "sliding_window", None) or 0
     layer_types = getattr(config, "layer_types", None)
     if layer_types is not None:
         return tuple(window if kind == "sliding_attention" else 0 for kind in layer_types)
     if not getattr(config, "use_sliding_window", True):
         window = 0
-    return (window,) * config.num_hidden_layers
+    return (window,) * int(config.num_hidden_layers)

@@ -1,7 +1,5 @@
 """The one decoder of the LLaMA family: tokens and adapters in, logits out."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -34,6 +32,7 @@ class Decoder:
         kernels: Kernels,
         *,
         dtype: torch.dtype,
+        device: torch.device,
         kv_blocks: int,
         max_tokens: int,
         max_positions: int,
@@ -41,9 +40,9 @@ class Decoder:
         self.config = config
         self.weights = weights
         self.kernels = kernels
-        self.cosine, self.sine = config.rotary_tables(max_positions)
+        self.cosine, self.sine = (table.to(device) for table in config.rotary_tables(max_positions))
         self.kv_cache = [
-            kernels.make_kv_cache(kv_blocks, config.num_kv_heads, config.head_dim, dtype)
+            kernels.make_kv_cache(kv_blocks, config.num_kv_heads, config.head_dim, dtype, device)
             for _ in range(config.num_layers)
         ]
         shapes = config.layout("").shapes
@@ -56,7 +55,7 @@ class Decoder:
         ]
 
         def buffer(width: int) -> Tensor:
-            return torch.zeros(max_tokens, width)
+            return torch.zeros(max_tokens, width, device=device)
 
         def padded(*modules: str) -> Tensor:
             return buffer(-(-sum(shapes[m][1] for m in modules) // 16) * 16)
@@ -92,16 +91,16 @@ class Decoder:
         kernels.embed(weights.embedding, token_ids, x)
         delta.zero_()
 
-        def linear(source: Tensor, weight: Any, bias: Tensor | None, out: Tensor, to: str) -> None:
-            kernels.linear(source, weight, bias, out)
+        def add_adapters(source: Tensor, out: Tensor, modules: Tensor) -> None:
             if adapters is not None:
-                kernels.add_adapters(source, out, adapters, modules[to])
+                kernels.add_adapters(source, out, adapters, modules)
 
         for layer, modules, window, (keys, values) in zip(
             weights.layers, self._modules, config.windows, self.kv_cache, strict=True
         ):
             kernels.add_and_norm(x, delta, layer.input_norm, config.norm_eps, normed)
-            linear(normed, layer.qkv, layer.qkv_bias, qkv, "qkv")
+            kernels.linear(normed, layer.qkv, layer.qkv_bias, qkv)
+            add_adapters(normed, qkv, modules["qkv"])
             kernels.attend(
                 qkv,
                 layer.q_norm,
@@ -115,13 +114,16 @@ class Decoder:
                 values,
                 attended,
             )
-            linear(attended, layer.o, layer.o_bias, delta, "o")
+            kernels.linear(attended, layer.o, layer.o_bias, delta)
+            add_adapters(attended, delta, modules["o"])
             kernels.add_and_norm(x, delta, layer.post_norm, config.norm_eps, normed)
-            linear(normed, layer.gate_up, layer.gate_up_bias, gate_up, "gate_up")
+            kernels.linear(normed, layer.gate_up, layer.gate_up_bias, gate_up)
+            add_adapters(normed, gate_up, modules["gate_up"])
             kernels.silu_and_multiply(gate_up, inner)
-            linear(inner, layer.down, layer.down_bias, delta, "down")
+            kernels.linear(inner, layer.down, layer.down_bias, delta)
+            add_adapters(inner, delta, modules["down"])
         kernels.add_and_norm(x, delta, weights.norm, config.norm_eps, normed)
-        logits = torch.empty(len(logit_rows), -(-config.vocab_size // 16) * 16)
+        logits = normed.new_empty(len(logit_rows), -(-config.vocab_size // 16) * 16)
         kernels.linear(normed[logit_rows], weights.head, None, logits)
         return logits[:, : config.vocab_size]
 

@@ -95,11 +95,13 @@ def load_weights(
     dtype: torch.dtype,
     kernels: Kernels,
     *,
-    fold: Fold | None = None,
-    on_layer: Callable[[int], None] = lambda layer: None,
+    device: torch.device,
+    fold: Fold | None,
+    on_layer: Callable[[int], None],
 ) -> ModelWeights:
     """Read and pack a base.
 
+    device     where they are put
     dtype      in which the linear layers and the embedding are stored
     fold       applied to each adaptable weight before it is packed
     on_layer   called after each layer, for a progress bar
@@ -111,7 +113,10 @@ def load_weights(
     shapes = config.layout("").shapes
 
     def vector(name: str, size: int) -> Tensor:
-        return files.take(name, (size,)).float()
+        return files.take(name, (size,)).float().to(device)
+
+    def pack(weight: Tensor, name: str) -> Any:  # noqa: ANN401 - as the kernels lay it out
+        return kernels.pack(_cast(weight, dtype, name).to(device))
 
     def fused(prefix: str, modules: list[str], layer: int) -> tuple[Any, Tensor | None]:
         weights, biases = [], []
@@ -124,8 +129,9 @@ def load_weights(
                 biases.append(vector(f"{name}.bias", outputs))
         if biases and len(biases) < len(modules):
             raise UnsupportedModelError(f"{prefix}: only some of {', '.join(modules)} have a bias")
-        weight = _cast(torch.cat(weights), dtype, f"{prefix}{modules[0]}.weight")
-        return kernels.pack(weight), torch.cat(biases) if biases else None
+        return pack(torch.cat(weights), f"{prefix}{modules[0]}.weight"), torch.cat(
+            biases
+        ) if biases else None
 
     def load_layer(layer: int) -> LayerWeights:
         prefix = f"model.layers.{layer}."
@@ -137,7 +143,7 @@ def load_weights(
         norms = [
             vector(f"{prefix}self_attn.{side}_norm.weight", head_norm)
             if head_norm
-            else torch.empty(0)
+            else torch.empty(0, device=device)
             for side in "qk"
         ]
         return LayerWeights(
@@ -157,7 +163,7 @@ def load_weights(
 
     table = (config.vocab_size, config.hidden_size)
     name = "model.embed_tokens.weight"
-    embedding = kernels.pack(_cast(files.take(name, table), dtype, name))
+    embedding = pack(files.take(name, table), name)
     layers = []
     for layer in range(config.num_layers):
         layers.append(load_layer(layer))
@@ -167,7 +173,7 @@ def load_weights(
     if config.tied:
         files.take("lm_head.weight", table) if "lm_head.weight" in files else None
     else:
-        head = kernels.pack(_cast(files.take("lm_head.weight", table), dtype, "lm_head.weight"))
+        head = pack(files.take("lm_head.weight", table), "lm_head.weight")
     unused = list(files.unused())
     if unused:
         raise UnsupportedModelError(

@@ -70,7 +70,7 @@ class GenerationResponse(Response):
         if generation.is_cancelled:
             return None
         await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-        events = _events(shape.first_chunks(generation))
+        events = _events(shape.first_chunks(generation.choices))
         running = list(generation.choices)
         try:
             while True:

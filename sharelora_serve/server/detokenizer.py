@@ -1,7 +1,6 @@
 """Tokens to text, one token at a time."""
 
 from collections.abc import Callable, Sequence
-from os.path import commonprefix
 
 NUM_CONTEXT_TOKENS = 6
 """Prompt tokens that the first new token is decoded after."""
@@ -43,7 +42,11 @@ class IncrementalDetokenizer:
         if text.startswith(self._shown):
             new = text[len(self._shown) :]
         else:  # the prompt ended inside a character that is whole only now
-            new = text[len(commonprefix([text, self._shown])) :]
+            num_equal = next(
+                (i for i, (a, b) in enumerate(zip(text, self._shown, strict=False)) if a != b),
+                min(len(text), len(self._shown)),
+            )
+            new = text[num_equal:]
         if new:
             # Tokens without text (special ones) stay in the window: as the only context they
             # would make the next word look like the first.

@@ -1,7 +1,7 @@
 """OpenAI's routes: models, completions and chat completions."""
 
 import asyncio
-import logging
+from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from sharelora_serve.adapters.adapter import AdapterVersion
 from sharelora_serve.config import ServeConfig
-from sharelora_serve.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, ServeError
+from sharelora_serve.errors import ContextLengthError, InvalidRequestError
 from sharelora_serve.server.ascii_json import AsciiJSONResponse
 from sharelora_serve.server.body import parse_body, read_body
 from sharelora_serve.server.choice import ChoiceOptions
@@ -27,8 +27,6 @@ from sharelora_serve.server.protocol import (
     GenerationFields,
 )
 from sharelora_serve.server.shapes import ChatShape, CompletionShape, Shape
-
-logger = logging.getLogger(__name__)
 
 DEFAULT_COMPLETION_TOKENS = 16
 """New tokens of /v1/completions where the client does not say, as OpenAI's."""
@@ -66,3 +64,116 @@ class OpenAIRoutes:
     async def chat(self, request: Request) -> Response:
         """Answer the last message of a conversation."""
         return await self._generate(request, ChatCompletionRequest, ChatShape)
+
+    async def _generate(
+        self, request: Request, model: type[GenerationFields], shape: type[Shape]
+    ) -> Response:
+        context: GenerationContext = request.app.state.context
+        body = parse_body(await read_body(request, self._config.max_request_bytes), model)
+        adapter = self._resolve(context, body.model)
+        if problems := list(body.tokens_out_of_range(context.engine.vocab_size)):
+            raise BodyError(problems)
+        # Tokenizing a long text takes a while, in which other streams go on.
+        prompts = await asyncio.to_thread(self._prompts, context, body)
+        request.state.adapter_version = version_text(adapter)
+        generation = Generation(
+            context,
+            request_id=request.state.request_id,
+            model=body.model,
+            adapter=adapter,
+            prompts=prompts,
+            num_choices=body.num_choices,
+            options=ChoiceOptions(
+                stop_strings=tuple(body.stop or ()),
+                include_stop=bool(body.include_stop_str_in_output),
+                skip_special=body.skip_special_tokens is not False,
+                min_tokens=body.min_tokens or 0,
+            ),
+            sampling=lambda prompt, choice: body.sampling(
+                max_tokens=prompt.max_tokens, choice=choice
+            ),
+        )
+        answer = shape(
+            context.codec,
+            body.model,
+            has_logprobs=body.num_logprobs is not None,
+            includes_usage=body.includes_usage,
+        )
+        return GenerationResponse(generation, answer, streams=bool(body.stream))
+
+    def _prompts(self, context: GenerationContext, body: GenerationFields) -> list[Prompt]:
+        """Every prompt of the body as tokens, each with room for its answer."""
+        codec = context.codec
+        if isinstance(body, ChatCompletionRequest):
+            token_ids = codec.encode_conversation(body.conversation())
+            return [self._prompt(context, body, token_ids, None, "messages")]
+        assert isinstance(body, CompletionRequest), "there are two routes"
+        add_special_tokens = body.add_special_tokens is not False
+        prompts = []
+        given_prompts: Sequence[str | list[int]] = body.prompt
+        for index, given in enumerate(given_prompts):
+            param = f"prompt[{index}]" if len(body.prompt) > 1 else "prompt"
+            if isinstance(given, str):
+                token_ids = codec.encode(given, add_special_tokens=add_special_tokens)
+            else:
+                token_ids = given
+            echo = None
+            if body.echo:
+                echo = (
+                    given
+                    if isinstance(given, str)
+                    else codec.decode(
+                        given, skip_special_tokens=body.skip_special_tokens is not False
+                    )
+                )
+            prompts.append(self._prompt(context, body, token_ids, echo, param))
+        return prompts
+
+    def _prompt(
+        self,
+        context: GenerationContext,
+        body: GenerationFields,
+        token_ids: list[int],
+        echo: str | None,
+        param: str,
+    ) -> Prompt:
+        limit = context.engine.max_model_len
+        if not token_ids:
+            raise InvalidRequestError(f"{param}: is empty; give at least one token", param=param)
+        room = limit - len(token_ids)
+        if room < (1 if body.new_tokens is None else min(1, body.new_tokens)):
+            raise ContextLengthError(
+                f"{param}: has {len(token_ids)} tokens, but the model's context is {limit} tokens, "
+                "prompt and answer together; shorten it",
+                param=param,
+            )
+        wanted = body.new_tokens
+        if wanted is None:
+            is_chat = isinstance(body, ChatCompletionRequest)
+            wanted = room if is_chat else min(DEFAULT_COMPLETION_TOKENS, room)
+        elif wanted > room:
+            raise ContextLengthError(
+                f"max_tokens: {wanted} and the {len(token_ids)} tokens of {param} exceed the "
+                f"model's context of {limit} tokens; ask for at most {room}",
+                param="max_tokens",
+            )
+        return Prompt(token_ids, echo, wanted)
+
+    def _resolve(self, context: GenerationContext, model: str) -> AdapterVersion | None:
+        """The adapter that `model` names, None for the base; ModelNotFoundError for neither."""
+        if model == context.engine.base_name:
+            return None
+        return context.engine.adapters.resolve(model)
+
+    def _model(self, context: GenerationContext, adapter: AdapterVersion | None) -> dict[str, Any]:
+        """A model as OpenAI lists it, with vLLM's `root` and `parent`."""
+        base = context.engine.base_name
+        return {
+            "id": base if adapter is None else adapter.name,
+            "object": "model",
+            "created": self._started_at,
+            "owned_by": "sharelora-serve",
+            "root": base if adapter is None else adapter.digest,
+            "parent": None if adapter is None else base,
+            "max_model_len": context.engine.max_model_len,
+        }

@@ -3,7 +3,7 @@
 import time
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from sharelora_serve.engine.request import FinishReason
@@ -19,6 +19,7 @@ class Shape(ABC):
     id_prefix: str
     object_name: str
     chunk_object_name: str
+    _opens_with_role = False
 
     def __init__(
         self, codec: TextCodec, model: str, *, has_logprobs: bool, includes_usage: bool
@@ -50,9 +51,12 @@ class Shape(ABC):
         if choice.finish_reason is not None:
             yield self._chunk(self._delta(choice.index, "", None, choice.finish_reason))
 
-    def first_chunks(self, generation: Generation) -> Iterator[dict[str, Any]]:
-        """What a stream begins with, before any text."""
-        yield from ()
+    def first_chunks(self, choices: Sequence[Choice]) -> Iterator[dict[str, Any]]:
+        """What a stream begins with, before any text of its choices."""
+        for choice in choices:
+            if self._opens_with_role:
+                delta = self._delta(choice.index, "", None, None)
+                yield self._chunk(delta | {"delta": {"role": "assistant", "content": ""}})
 
     def last_chunks(self, generation: Generation) -> Iterator[dict[str, Any]]:
         """What a stream ends with, after every choice has finished."""
@@ -115,13 +119,7 @@ class ChatShape(Shape):
     id_prefix = "chatcmpl"
     object_name = "chat.completion"
     chunk_object_name = "chat.completion.chunk"
-
-    def first_chunks(self, generation: Generation) -> Iterator[dict[str, Any]]:
-        """The role of every choice, before any text."""
-        for choice in generation.choices:
-            delta = self._delta(choice.index, "", None, None)
-            delta["delta"] = {"role": "assistant", "content": ""}
-            yield self._chunk(delta)
+    _opens_with_role = True
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         piece = choice.take()

@@ -45,9 +45,7 @@ def run_once(cache: KVCache, prompt_ids: list[int], adapter: AdapterVersion | No
     cache.free(request)
 
 
-def num_cached(
-    cache: KVCache, prompt_ids: list[int], adapter: AdapterVersion | None = None
-) -> int:
+def num_cached(cache: KVCache, prompt_ids: list[int], adapter: AdapterVersion | None = None) -> int:
     """Tokens that a new request would find; the cache's order of reuse changes."""
     request = make_request(prompt_ids, adapter)
     matched = cache.match_prefix(request)
@@ -303,9 +301,7 @@ class KVCacheMachine(RuleBasedStateMachine):
         adapter=st.sampled_from([None, SUPPORT_1, SUPPORT_2]),
         num_spare=st.integers(0, 3),
     )
-    def start(
-        self, prompt_ids: list[int], adapter: AdapterVersion | None, num_spare: int
-    ) -> None:
+    def start(self, prompt_ids: list[int], adapter: AdapterVersion | None, num_spare: int) -> None:
         request = make_request(prompt_ids, adapter)
         may_start = self.cache.can_start(request, num_spare)
         self.cache.match_prefix(request)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, field
 import torch
 
 from sharelora_serve.config import ServeConfig
-from sharelora_serve.engine.engine import Engine, load_engine
+from sharelora_serve.engine.engine import Engine
+from sharelora_serve.engine.load import load_engine
 from sharelora_serve.engine.request import (
     FinishReason,
     Request,

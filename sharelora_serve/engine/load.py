@@ -1,0 +1,303 @@
+"""From a configuration to an engine that is ready to start: base, adapters, memory, threads."""
+
+import logging
+import platform
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import llvmlite.binding as llvm
+import numba
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
+
+from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, PageTable
+from sharelora_serve.adapters.cache import AdapterCache, Waiting
+from sharelora_serve.adapters.format import read_adapter
+from sharelora_serve.adapters.layout import MODULES, BaseLayout
+from sharelora_serve.adapters.pool import MatrixPool
+from sharelora_serve.config import ServeConfig
+from sharelora_serve.engine.engine import Engine
+from sharelora_serve.engine.kv_cache import KVCache
+from sharelora_serve.engine.merge import fold_adapter
+from sharelora_serve.engine.request import Request, RequestOutput, SamplingParams
+from sharelora_serve.engine.runner import Runner
+from sharelora_serve.engine.sampler import Sampler
+from sharelora_serve.engine.scheduler import ScheduledRequest, Scheduler
+from sharelora_serve.errors import AdapterInvalidError, ConfigurationError, UnsupportedModelError
+from sharelora_serve.kernels.batch import BLOCK_SIZE
+from sharelora_serve.kernels.cpu import CpuKernels
+from sharelora_serve.kernels.interface import Kernels
+from sharelora_serve.kernels.reference import ReferenceKernels
+from sharelora_serve.models.config import ModelConfig, load_model_config
+from sharelora_serve.models.decoder import Decoder
+from sharelora_serve.models.loader import load_weights
+from sharelora_serve.models.source import base_folder
+
+logger = logging.getLogger(__name__)
+
+# Rows of the batches that compile and touch everything before the first request: one decode, a
+# few, and more than one task of attention.
+_WARM_UP_TOKENS = (1, 3, 40)
+
+
+@dataclass(frozen=True, slots=True)
+class _Merged:
+    version: AdapterVersion
+    adapter: Adapter
+
+
+def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
+    """Read the base and the adapters and assemble an engine, not started yet.
+
+    Progress goes to the console, if there is one. Adapters that cannot be served are logged and
+    left out; the one that --merge names must be there.
+    Raises ConfigurationError and UnsupportedModelError.
+    """
+    console = console or Console(quiet=True)
+    folder = base_folder(config.model, console)
+    model = load_model_config(folder)
+    max_model_len = _max_model_len(config, model)
+    device = _device(config)
+    dtype = _dtype(config, model, device)
+    kernels = _kernels(config, device)
+    layout = model.layout(config.base_name)
+    wake = threading.Event()
+    pool = MatrixPool(config.adapter_memory, layout.feature_counts, dtype, device)
+    adapters = AdapterCache(layout, pool, config.adapter_host_memory, on_change=wake.set)
+    try:
+        _publish_all(adapters, config.adapters, console)
+        merged = _merged(adapters, config, layout)
+        kv_cache, kv_memory_bytes = _kv_cache(config, model, kernels, dtype)
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, console=console, transient=True) as progress:
+            task = progress.add_task("Loading the layers", total=model.num_layers)
+            weights = load_weights(
+                folder,
+                model,
+                dtype,
+                kernels,
+                device=device,
+                fold=fold_adapter(merged.adapter, dtype) if merged is not None else None,
+                on_layer=lambda layer: progress.update(task, completed=layer + 1),
+            )
+        decoder = Decoder(
+            model,
+            weights,
+            kernels,
+            dtype=dtype,
+            device=device,
+            kv_blocks=kv_cache.num_blocks + 1,  # and the padding block
+            max_tokens=config.max_batch_tokens,
+            max_positions=max_model_len,
+        )
+        pages = None if merged is None else (merged.version, _acquire(adapters, merged, wake))
+    except BaseException:
+        adapters.close()
+        raise
+    runner = Runner(decoder, pool.arena, pages, device)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise UnsupportedModelError(
+            f"{folder} has no tokenizer.json; save the tokenizer as a fast one"
+        )
+    eos_token_ids = _eos_token_ids(folder, model, tokenizer)
+    logger.info(
+        "base %s: %s, kernels %s, %s on %s, context %d, KV cache %d tokens",
+        config.base_name,
+        model.architecture,
+        kernels.name,
+        str(dtype).removeprefix("torch."),
+        device,
+        max_model_len,
+        kv_cache.max_tokens,
+    )
+
+    def prepare_thread() -> None:
+        torch.set_num_threads(config.num_threads)
+        numba.set_num_threads(min(config.num_threads, int(numba.config.NUMBA_NUM_THREADS)))
+        with torch.inference_mode():
+            _warm_up(runner, layout, config.max_batch_tokens)
+
+    return Engine(
+        base_name=config.base_name,
+        tokenizer=tokenizer,
+        vocab_size=model.vocab_size,
+        eos_token_ids=eos_token_ids,
+        max_model_len=max_model_len,
+        max_queue=config.max_queue,
+        adapters=adapters,
+        kv_cache=kv_cache,
+        kv_memory_bytes=kv_memory_bytes,
+        scheduler=Scheduler(
+            kv_cache,
+            adapters,
+            max_running=config.max_running,
+            max_batch_tokens=config.max_batch_tokens,
+            prefill_chunk=config.prefill_chunk,
+        ),
+        runner=runner,
+        sampler=Sampler(model.vocab_size, eos_token_ids, device),
+        prepare_thread=prepare_thread,
+        wake=wake,
+    )
+
+
+def _max_model_len(config: ServeConfig, model: ModelConfig) -> int:
+    if config.max_model_len is None:
+        return model.max_model_len
+    if config.max_model_len > model.max_model_len:
+        raise ConfigurationError(
+            f"max_model_len = {config.max_model_len}: base {config.base_name!r} was trained for "
+            f"{model.max_model_len} tokens; should be at most that"
+        )
+    return config.max_model_len
+
+
+def _device(config: ServeConfig) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if config.device == "cuda" and not has_cuda:
+        raise ConfigurationError(
+            "device = cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA "
+            "build of torch and a driver"
+        )
+    wants_cuda = config.device == "cuda" or (config.device == "auto" and config.kernels != "cpu")
+    return torch.device("cuda" if has_cuda and wants_cuda else "cpu")
+
+
+def _dtype(config: ServeConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype
+    if device.type == "cuda":
+        return model.dtype
+    if _converts_float16():
+        return torch.float16
+    logger.warning("this processor cannot convert float16: using float32, at twice the memory")
+    return torch.float32
+
+
+def _converts_float16() -> bool:
+    """Whether the processor turns float16 into float32 in one instruction."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        return True  # every 64-bit Arm does
+    return bool(llvm.get_host_cpu_features().get("f16c"))
+
+
+def _kernels(config: ServeConfig, device: torch.device) -> Kernels:
+    if config.kernels == "reference" or device.type == "cuda":
+        return ReferenceKernels()
+    return CpuKernels()
+
+
+def _publish_all(adapters: AdapterCache, folder: Path | None, console: Console) -> None:
+    """Give every subfolder's adapter its name; one that cannot be served is logged, not fatal."""
+    if folder is None:
+        return
+    paths = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        for path in progress.track(paths, description="Reading the adapters"):
+            try:
+                version = adapters.publish(path.name, path)
+            except AdapterInvalidError as error:
+                logger.error("%s is not served: %s", path, error.message)
+                continue
+            summary = adapters.describe(path.name)
+            logger.info(
+                "adapter %s: version %s, %s, rank %s, %d bytes (%d as plain LoRA)",
+                path.name,
+                version.digest[:12],
+                summary.sharing,
+                "/".join(map(str, summary.ranks)),
+                summary.stored_bytes,
+                summary.expanded_bytes,
+            )
+
+
+def _merged(adapters: AdapterCache, config: ServeConfig, layout: BaseLayout) -> _Merged | None:
+    if config.merge == "off":
+        return None
+    assert config.adapters is not None, "ServeConfig refuses merge without adapters"
+    versions = {version.name: version for version in adapters.versions()}
+    if config.merge not in versions:
+        served = ", ".join(sorted(versions)[:20]) or "no adapter at all"
+        raise ConfigurationError(
+            f"merge = {config.merge!r}: there is no such adapter in {config.adapters}, which "
+            f"gives {served}"
+        )
+    adapter = read_adapter(config.adapters / config.merge, layout, name=config.merge)
+    if adapter.digest != versions[config.merge].digest:
+        raise ConfigurationError(f"{config.adapters / config.merge} changed while it was read")
+    return _Merged(versions[config.merge], adapter)
+
+
+def _acquire(adapters: AdapterCache, merged: _Merged, wake: threading.Event) -> PageTable:
+    """The merged adapter's pages, which are never released."""
+    while True:
+        wake.clear()
+        pages = adapters.acquire(merged.version)
+        if not isinstance(pages, Waiting):
+            return pages
+        wake.wait()
+
+
+def _kv_cache(
+    config: ServeConfig, model: ModelConfig, kernels: Kernels, dtype: torch.dtype
+) -> tuple[KVCache, int]:
+    """The book of the KV cache, and the bytes that the cache takes."""
+    one_layer: tuple[Any, ...] = kernels.make_kv_cache(
+        1, model.num_kv_heads, model.head_dim, dtype, torch.device("cpu")
+    )
+    block_bytes = model.num_layers * sum(part.nbytes for part in one_layer)
+    num_blocks = config.kv_memory // block_bytes
+    cache = KVCache(num_blocks, BLOCK_SIZE, prefix_caching=config.prefix_cache)
+    return cache, num_blocks * block_bytes
+
+
+def _eos_token_ids(
+    folder: Path, model: ModelConfig, tokenizer: PreTrainedTokenizerFast
+) -> frozenset[int]:
+    """What ends an answer: generation_config.json says, else config.json; and the tokenizer's."""
+    found: set[int] = set()
+    if (folder / "generation_config.json").is_file():
+        listed = GenerationConfig.from_pretrained(folder).eos_token_id
+    else:
+        listed = model.hf_config.eos_token_id
+    for token_id in (listed if isinstance(listed, list) else [listed], [tokenizer.eos_token_id]):
+        found |= {int(t) for t in token_id if t is not None}
+    return frozenset(t for t in found if 0 <= t < model.vocab_size)
+
+
+def _forget(_: RequestOutput) -> None:
+    """Deliver to nobody."""
+
+
+def _warm_up(runner: Runner, layout: BaseLayout, max_batch_tokens: int) -> None:
+    """Compile every kernel and touch every weight, in the padding block that nobody reads."""
+    num_entries = layout.num_layers * len(MODULES)
+    zeros = np.zeros(num_entries, np.int32)
+    table = PageTable(
+        offsets=np.arange(num_entries + 1, dtype=np.int32),
+        a_pages=zeros,
+        b_pages=zeros,
+        scaling=np.ones(num_entries, np.float32),
+    )
+    for adapter, page_table in ((None, None), (AdapterVersion("", ""), table)):
+        for num_tokens in _WARM_UP_TOKENS:
+            count = min(num_tokens, max_batch_tokens)
+            request = Request(
+                request_id="",
+                adapter=adapter,
+                prompt_ids=[0] * count,
+                sampling=SamplingParams(max_tokens=1),
+                arrived_at=0.0,
+                deliver=_forget,
+                block_table=[0] * -(-count // BLOCK_SIZE),
+                page_table=page_table,
+            )
+            runner.run([ScheduledRequest(request, count)])

@@ -1,0 +1,51 @@
+"""The application: routes, handlers of errors, and the engine's life within the server's."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+
+from sharelora_serve import __version__
+from sharelora_serve.config import ServeConfig
+from sharelora_serve.engine.engine import Engine
+from sharelora_serve.errors import ServeError
+from sharelora_serve.server.codec import TextCodec
+from sharelora_serve.server.errors import answer_http_error, answer_serve_error
+from sharelora_serve.server.generation import GenerationContext
+from sharelora_serve.server.mailbox import Mailbox
+from sharelora_serve.server.metrics import Metrics
+from sharelora_serve.server.middleware import RequestIdMiddleware
+from sharelora_serve.server.openai import OpenAIRoutes
+from sharelora_serve.server.operations import router as operations_router
+
+
+def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
+    """The HTTP application around an engine, which it starts and stops.
+
+    Until the engine is warm the server does not accept connections; /ready tells when it stops.
+    """
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        app.state.context = GenerationContext(
+            engine=engine,
+            codec=TextCodec(engine.tokenizer),
+            mailbox=Mailbox(asyncio.get_running_loop()),
+            metrics=Metrics(engine),
+        )
+        await asyncio.to_thread(engine.start)
+        try:
+            yield
+        finally:
+            await asyncio.to_thread(engine.stop)
+
+    app = FastAPI(title="ShareLoRA Serve", version=__version__, lifespan=lifespan)
+    app.include_router(OpenAIRoutes(config, int(time.time())).router)
+    app.include_router(operations_router)
+    app.add_exception_handler(ServeError, answer_serve_error)
+    app.add_exception_handler(HTTPException, answer_http_error)
+    app.add_middleware(RequestIdMiddleware)
+    return app

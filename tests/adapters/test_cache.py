@@ -1,0 +1,365 @@
+"""The tiers of the adapter cache: who is loaded, who stays, who leaves, and what is left over."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from threading import get_ident
+
+import pytest
+
+from sharelora_serve.adapters.adapter import PageTable
+from sharelora_serve.adapters.cache import Waiting
+from sharelora_serve.errors import (
+    AdapterInvalidError,
+    AdapterUnavailableError,
+    ModelNotFoundError,
+)
+from tests.adapters.shelves import LAYOUT, Content, Shelf
+
+ONE, TWO, THREE, FOUR = (Content(seed, rank=8) for seed in range(1, 5))
+BYTES = ONE.num_bytes  # of each of the four, in the pool and on the host
+ROOM_FOR_TWO = 3 * BYTES  # a third goes to page 0 and to what its chunk cannot hold
+
+
+@pytest.fixture
+def shelf(tmp_path: Path) -> Iterator[Shelf]:
+    """Room for everything."""
+    with Shelf(tmp_path, pool_bytes=1 << 16, host_bytes=1 << 20) as shelf:
+        yield shelf
+
+
+@pytest.fixture
+def narrow(tmp_path: Path) -> Iterator[Shelf]:
+    """Room for two of the four on the device."""
+    with Shelf(tmp_path, pool_bytes=ROOM_FOR_TWO, host_bytes=1 << 20) as shelf:
+        yield shelf
+
+
+@pytest.fixture
+def forgetful(tmp_path: Path) -> Iterator[Shelf]:
+    """Room for one on the host and two on the device."""
+    with Shelf(tmp_path, pool_bytes=ROOM_FOR_TWO, host_bytes=BYTES) as shelf:
+        yield shelf
+
+
+def test_acquire_never_waits_for_a_load(shelf: Shelf) -> None:
+    version = shelf.publish("one", ONE)
+    with shelf.loader_held():
+        used_bytes = shelf.pool.stats().used_bytes
+        assert shelf.cache.acquire(version) is Waiting.LOADING
+        assert shelf.cache.acquire(version) is Waiting.LOADING
+        assert shelf.cache.stats().loads_in_progress == 1  # the second joins the first
+        assert shelf.pool.stats().used_bytes == used_bytes
+    shelf.wait_for_loads()
+    table = shelf.cache.acquire(version)
+    assert isinstance(table, PageTable)
+    shelf.assert_reads_back(table, ONE)
+    assert get_ident() not in shelf.changed_by
+
+
+def test_all_who_waited_get_the_table_of_the_one_load(shelf: Shelf) -> None:
+    version = shelf.publish("one", ONE)
+    assert [shelf.cache.acquire(version) for _ in range(3)] == [Waiting.LOADING] * 3
+    shelf.wait_for_loads()
+    tables = [shelf.cache.acquire(version) for _ in range(3)]
+    assert tables[0] is tables[1] is tables[2]
+    assert shelf.cache.stats().host_hits == 1
+    assert shelf.cache.stats().device_hits == 2  # the first was waited for
+    for _ in range(3):
+        shelf.cache.release(version)
+    with pytest.raises(AssertionError, match="released more often"):
+        shelf.cache.release(version)
+
+
+def test_failed_load_fails_its_acquire_alone_and_the_next_one_tries_again(
+    forgetful: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    cache = forgetful.cache
+    version, other = forgetful.publish("one", ONE), forgetful.publish("two", TWO)
+    away = forgetful.path("one", ONE).rename(forgetful.folder / "away")
+    assert cache.acquire(version) is Waiting.LOADING
+    assert cache.acquire(other) is Waiting.LOADING
+    forgetful.wait_for_loads()
+    with pytest.raises(AdapterUnavailableError, match="'one' could not be loaded") as caught:
+        cache.acquire(version)
+    assert "cannot be read any more" in caught.value.message
+    assert "'one' could not be loaded" in caplog.text
+    assert isinstance(cache.acquire(other), PageTable)
+    away.rename(forgetful.path("one", ONE))
+    forgetful.assert_reads_back(forgetful.load(version), ONE)
+    assert cache.stats().failures == 1
+
+
+def test_failure_of_a_load_that_was_cancelled_is_told_to_nobody(forgetful: Shelf) -> None:
+    version = forgetful.publish("one", ONE)
+    forgetful.publish("two", TWO)  # pushes the first from the host
+    away = forgetful.path("one", ONE).rename(forgetful.folder / "away")
+    assert forgetful.cache.acquire(version) is Waiting.LOADING
+    forgetful.wait_for_loads()
+    forgetful.cache.cancel(version)
+    away.rename(forgetful.path("one", ONE))
+    assert forgetful.cache.acquire(version) is Waiting.LOADING
+
+
+def test_version_that_was_replaced_while_its_request_queued_is_still_served(shelf: Shelf) -> None:
+    cache = shelf.cache
+    old = shelf.publish("tenant", ONE)
+    cache.bind(old)
+    new = shelf.publish("tenant", TWO)
+    assert cache.resolve("tenant") == new != old
+    shelf.assert_reads_back(shelf.load(old), ONE)
+    shelf.assert_reads_back(shelf.load(new), TWO)
+    cache.release(old)
+    cache.unbind(old)
+    shelf.wait_for_residents(1)
+    assert cache.stats().num_on_host == 1
+    with pytest.raises(AdapterUnavailableError, match="was replaced or removed"):
+        cache.acquire(old)
+
+
+def test_version_of_a_deleted_name_lives_until_its_last_request_ends(shelf: Shelf) -> None:
+    cache = shelf.cache
+    version = shelf.publish("tenant", ONE)
+    cache.bind(version), cache.bind(version)
+    table = shelf.load(version)
+    cache.remove("tenant")
+    with pytest.raises(ModelNotFoundError, match="'tenant' does not exist"):
+        cache.resolve("tenant")
+    with pytest.raises(ModelNotFoundError):
+        cache.describe("tenant")
+    shelf.assert_reads_back(table, ONE)
+    cache.release(version)
+    cache.unbind(version)
+    assert isinstance(cache.acquire(version), PageTable)  # the second one's turn
+    cache.release(version)
+    cache.unbind(version)
+    shelf.wait_for_residents(0)
+    stats = cache.stats()
+    assert (stats.host_bytes, stats.pool.used_bytes, stats.num_published) == (0, 0, 0)
+    with pytest.raises(AdapterUnavailableError):
+        cache.bind(version)
+
+
+def test_name_that_returns_to_a_version_still_in_use_keeps_it(shelf: Shelf) -> None:
+    cache = shelf.cache
+    first = shelf.publish("tenant", ONE)
+    cache.bind(first)
+    shelf.load(first)
+    shelf.publish("tenant", TWO)
+    assert shelf.publish("tenant", ONE) == first
+    cache.release(first)
+    cache.unbind(first)
+    assert isinstance(cache.acquire(first), PageTable)
+
+
+def test_host_memory_is_bounded_and_what_left_it_is_read_from_disk_again(
+    forgetful: Shelf,
+) -> None:
+    first, second = forgetful.publish("one", ONE), forgetful.publish("two", TWO)
+    assert forgetful.cache.stats().host_bytes == BYTES
+    assert forgetful.cache.stats().host_evictions == 1
+    forgetful.assert_reads_back(forgetful.load(first), ONE)
+    forgetful.assert_reads_back(forgetful.load(second), TWO)
+    stats = forgetful.cache.stats()
+    assert (stats.disk_loads, stats.host_hits, stats.num_on_host) == (2, 0, 1)
+    assert stats.host_bytes <= stats.host_capacity_bytes == BYTES
+
+
+def test_host_lets_go_of_what_was_loaded_longest_ago(tmp_path: Path) -> None:
+    with Shelf(tmp_path, pool_bytes=ROOM_FOR_TWO, host_bytes=2 * BYTES) as shelf:
+        first, second = shelf.publish("one", ONE), shelf.publish("two", TWO)
+        shelf.load(first), shelf.cache.release(first)
+        shelf.publish("three", THREE)  # the second has to go
+        shelf.load(second), shelf.cache.release(second)
+        assert shelf.cache.stats().disk_loads == 1
+
+
+def test_content_that_changed_on_disk_is_never_served_as_the_version_it_was(
+    forgetful: Shelf,
+) -> None:
+    version = forgetful.publish("one", ONE)
+    forgetful.publish("two", TWO)
+    forgetful.write(forgetful.path("one", ONE), THREE)
+    assert forgetful.cache.acquire(version) is Waiting.LOADING
+    forgetful.wait_for_loads()
+    with pytest.raises(AdapterUnavailableError, match="changed on disk"):
+        forgetful.cache.acquire(version)
+    assert forgetful.pool.stats().num_adapters == 0
+
+
+def test_least_recently_used_leaves_the_device_first(narrow: Shelf) -> None:
+    cache = narrow.cache
+    first, second = narrow.publish("one", ONE), narrow.publish("two", TWO)
+    for version in (first, second, first):
+        narrow.load(version)
+        cache.release(version)
+    third = narrow.publish("three", THREE)
+    narrow.assert_reads_back(narrow.load(third), THREE)
+    assert cache.stats().device_evictions == 1
+    assert isinstance(cache.acquire(first), PageTable)
+    assert cache.acquire(second) is Waiting.LOADING
+
+
+def test_nobody_is_evicted_while_running_and_room_comes_with_a_release(narrow: Shelf) -> None:
+    cache = narrow.cache
+    running = [narrow.publish("one", ONE), narrow.publish("two", TWO)]
+    tables = [narrow.load(version) for version in running]
+    waiting = narrow.publish("three", THREE)
+    assert cache.acquire(waiting) is Waiting.LOADING
+    narrow.wait_for_loads()
+    assert cache.acquire(waiting) is Waiting.NO_ROOM
+    assert cache.acquire(waiting) is Waiting.NO_ROOM
+    assert cache.stats().loads_in_progress == 0  # not tried again for nothing
+    narrow.assert_reads_back(tables[0], ONE)
+    narrow.assert_reads_back(tables[1], TWO)
+    cache.release(running[0])
+    assert cache.acquire(waiting) is Waiting.LOADING
+    narrow.wait_for_loads()
+    narrow.assert_reads_back(narrow.load(waiting), THREE)
+    narrow.assert_reads_back(tables[1], TWO)
+    assert cache.stats().device_evictions == 1
+
+
+def test_what_is_loaded_for_one_who_waits_is_kept_until_it_comes_or_cancels(
+    narrow: Shelf,
+) -> None:
+    cache = narrow.cache
+    first, second = narrow.publish("one", ONE), narrow.publish("two", TWO)
+    third = narrow.publish("three", THREE)
+    for version in (first, second, third):
+        cache.acquire(version)
+    narrow.wait_for_loads()
+    assert cache.acquire(third) is Waiting.NO_ROOM
+    cache.cancel(first)
+    narrow.load(third)
+    assert isinstance(cache.acquire(second), PageTable)
+    assert cache.acquire(first) is Waiting.LOADING
+
+
+def test_prefetch_evicts_neither_running_nor_reserved_nor_prefetched(narrow: Shelf) -> None:
+    cache = narrow.cache
+    first, second = narrow.publish("one", ONE), narrow.publish("two", TWO)
+    third, fourth = narrow.publish("three", THREE), narrow.publish("four", FOUR)
+    table = narrow.load(first)
+    cache.acquire(second)
+    narrow.wait_for_loads()  # and is reserved
+    cache.prefetch(third)
+    narrow.wait_for_loads()
+    assert cache.stats().device_evictions == 0
+    assert isinstance(cache.acquire(second), PageTable)
+    cache.release(second)
+    cache.prefetch(third)  # the idle one gives way
+    narrow.wait_for_loads()
+    assert cache.stats().device_evictions == 1
+    cache.prefetch(fourth)
+    narrow.wait_for_loads()
+    assert cache.stats().device_evictions == 1
+    narrow.assert_reads_back(table, ONE)
+    assert isinstance(cache.acquire(third), PageTable)
+
+
+def test_request_that_runs_now_is_worth_more_than_a_prefetch(narrow: Shelf) -> None:
+    cache = narrow.cache
+    narrow.load(narrow.publish("one", ONE))
+    second, third = narrow.publish("two", TWO), narrow.publish("three", THREE)
+    cache.prefetch(second)
+    narrow.wait_for_loads()
+    narrow.assert_reads_back(narrow.load(third), THREE)
+    assert cache.stats().device_evictions == 1
+
+
+def test_prefetch_that_failed_is_not_repeated_until_someone_needs_it(forgetful: Shelf) -> None:
+    cache = forgetful.cache
+    version = forgetful.publish("one", ONE)
+    forgetful.publish("two", TWO)
+    shutil.rmtree(forgetful.path("one", ONE))
+    for _ in range(3):
+        cache.prefetch(version)
+        forgetful.wait_for_loads()
+    assert cache.stats().failures == 1
+    assert cache.acquire(version) is Waiting.LOADING
+
+
+def test_prefetched_adapter_is_there_for_its_request(shelf: Shelf) -> None:
+    version = shelf.publish("one", ONE)
+    shelf.cache.prefetch(version)
+    shelf.wait_for_loads()
+    assert isinstance(shelf.cache.acquire(version), PageTable)
+    assert shelf.cache.stats().device_hits == 1
+
+
+def test_equal_content_under_two_names_is_one_resident(shelf: Shelf) -> None:
+    cache = shelf.cache
+    one, same = shelf.publish("one", ONE), shelf.publish("same", ONE)
+    assert one.digest == same.digest
+    assert shelf.load(one) is shelf.load(same)
+    stats = cache.stats()
+    assert (stats.pool.num_adapters, stats.num_on_host, stats.num_published) == (1, 1, 2)
+    cache.release(one)
+    cache.release(same)
+    cache.remove("one")
+    assert isinstance(cache.acquire(same), PageTable)
+    assert [version.name for version in cache.versions()] == ["same"]
+
+
+def test_equal_content_is_read_from_whichever_folder_is_left(forgetful: Shelf) -> None:
+    forgetful.publish("one", ONE)
+    same = forgetful.publish("same", ONE)
+    forgetful.publish("two", TWO)
+    shutil.rmtree(forgetful.path("one", ONE))
+    forgetful.assert_reads_back(forgetful.load(same), ONE)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", ".", "..", ".hidden", "-x", "_x", "a/b", "../a", "a b", "a\n", "é", "a" * 129],
+)
+def test_name_that_could_leave_the_folder_or_confuse_a_log_is_refused(
+    shelf: Shelf, name: str
+) -> None:
+    path = shelf.write(shelf.folder / "somewhere", ONE)
+    with pytest.raises(AdapterInvalidError, match="cannot name an adapter") as caught:
+        shelf.cache.publish(name, path)
+    assert caught.value.param == "name"
+    assert shelf.cache.versions() == []
+
+
+def test_name_of_the_base_is_refused(shelf: Shelf) -> None:
+    with pytest.raises(AdapterInvalidError, match="the name of the base"):
+        shelf.publish(LAYOUT.name, ONE)
+
+
+@pytest.mark.parametrize("name", ["a", "7", "A.b_c-9", "a" * 128])
+def test_ordinary_names_are_served(shelf: Shelf, name: str) -> None:
+    path = shelf.write(shelf.folder / "somewhere", ONE)
+    assert shelf.cache.publish(name, path).name == name
+
+
+@pytest.mark.parametrize("fault", ["broken", "too large"])
+def test_refused_publish_leaves_the_name_on_its_version(narrow: Shelf, fault: str) -> None:
+    version = narrow.publish("tenant", ONE)
+    path = narrow.write(narrow.folder / "next", TWO if fault == "broken" else Content(9, rank=64))
+    if fault == "broken":
+        (path / "adapter_config.json").write_text("{")
+    with pytest.raises(AdapterInvalidError):
+        narrow.cache.publish("tenant", path)
+    assert narrow.cache.resolve("tenant") == version
+    narrow.assert_reads_back(narrow.load(version), ONE)
+
+
+def test_summary_tells_what_the_name_stands_for_now(shelf: Shelf) -> None:
+    shelf.publish("tenant", ONE)
+    assert shelf.cache.describe("tenant").ranks == (8,)
+    shelf.publish("tenant", Content(1, rank=5))
+    assert shelf.cache.describe("tenant").ranks == (5,)
+
+
+def test_removing_what_is_not_there_is_a_404(shelf: Shelf) -> None:
+    with pytest.raises(ModelNotFoundError, match="/v1/models"):
+        shelf.cache.remove("nobody")
+
+
+def test_unbinding_too_often_is_a_bug_that_is_seen(shelf: Shelf) -> None:
+    version = shelf.publish("tenant", ONE)
+    with pytest.raises(AssertionError, match="unbound more often"):
+        shelf.cache.unbind(version)

@@ -1,0 +1,104 @@
+"""Packed weights: the dense products and the embedding of the CPU's kernels."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from sharelora_serve.kernels.cpu import CpuKernels
+from sharelora_serve.kernels.interface import Kernels
+from sharelora_serve.kernels.reference import ReferenceKernels
+from sharelora_serve.kernels.vector import LANES
+from tests.kernels.batches import DTYPES, same_bits, small_integers
+
+CPU, REFERENCE = CpuKernels(), ReferenceKernels()
+
+
+def linear(kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x W^T + bias, through an output that was NaN."""
+    out = torch.full((len(x), -(-len(weight) // LANES) * LANES), float("nan"))
+    kernels.linear(x, kernels.pack(weight), bias, out)
+    return out[:, : len(weight)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("has_bias", [False, True])
+@pytest.mark.parametrize(
+    ("in_features", "out_features"), [(1, 1), (37, 16), (64, 32), (53, 19), (30, 50), (7, 95)]
+)
+def test_linear_of_small_integers_is_exact_for_every_number_of_rows(
+    dtype: torch.dtype, has_bias: bool, in_features: int, out_features: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = small_integers(out_features, in_features, generator=generator).to(dtype)
+    bias = small_integers(out_features, generator=generator) if has_bias else None
+    for rows in range(1, 41):
+        x = small_integers(rows, in_features, generator=generator)
+        expected = x @ weight.float().T + (0 if bias is None else bias)
+        assert torch.equal(linear(CPU, x, weight, bias), expected), f"{rows} rows"
+        assert torch.equal(linear(REFERENCE, x, weight, bias), expected), f"{rows} rows"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_rounds_no_more_than_a_sum_in_float32(dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(11, 301, generator=generator)
+    weight = torch.randn(70, 301, generator=generator).to(dtype)
+    exact = x.double() @ weight.double().T
+    bound = x.double().abs() @ weight.double().abs().T * 301 * 2.0**-24
+    assert ((linear(CPU, x, weight).double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("out_features", [16, 45, 64])
+def test_row_of_a_product_has_the_same_bits_whatever_rows_stand_beside_it(
+    dtype: torch.dtype, out_features: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(40, 131, generator=generator)
+    weight = torch.randn(out_features, 131, generator=generator).to(dtype)
+    alone = torch.cat([linear(CPU, row.unsqueeze(0), weight) for row in x])
+    for rows in range(2, 41):
+        first = int(torch.randint(0, 41 - rows, (), generator=generator))
+        together = linear(CPU, x[first : first + rows].contiguous(), weight)
+        assert same_bits(together, alone[first : first + rows]), f"{rows} rows"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 8), (50, 37), (1, 1), (131, 64)])
+def test_embedding_is_the_weight_of_each_token(
+    dtype: torch.dtype, shape: tuple[int, int], seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator).to(dtype)
+    token_ids = torch.cat(
+        [torch.arange(len(weight)), torch.randint(0, len(weight), (20,), generator=generator)]
+    )
+    for kernels in (CPU, REFERENCE):
+        out = torch.full((len(token_ids), shape[1]), float("nan"))
+        kernels.embed(kernels.pack(weight), token_ids, out)
+        assert torch.equal(out, weight[token_ids].float())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_number_of_a_half_type_is_read_as_torch_reads_it(dtype: torch.dtype) -> None:
+    weight = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 32)
+    out = torch.full(weight.shape, float("nan"))
+    CPU.embed(CPU.pack(weight), torch.arange(len(weight)), out)
+    expected = weight.float()
+    assert torch.equal(out.isnan(), expected.isnan())
+    kept = ~expected.isnan()
+    assert same_bits(out[kept], expected[kept])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packing_keeps_no_tie_to_the_weight_it_was_given(dtype: torch.dtype, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    weight = small_integers(24, 32, generator=generator).to(dtype)
+    strided = torch.full((24, 64), float("nan"), dtype=dtype)[:, ::2]
+    strided.copy_(weight)
+    x = small_integers(3, 32, generator=generator)
+    packed = CPU.pack(strided)
+    strided.fill_(float("nan"))
+    out = torch.full((3, 32), float("nan"))
+    CPU.linear(x, packed, None, out)
+    assert torch.equal(out[:, :24], x @ weight.float().T)
