@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import struct
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping
@@ -147,14 +146,13 @@ def _config(adapter: Adapter) -> dict[str, Any]:
 
 
 def _alpha(scaling: float, rank: int) -> float:
-    """The alpha with alpha / rank = scaling in float32, whole where a whole one gives it."""
+    """The alpha with alpha / rank = scaling, whole where a whole one gives it.
+
+    Dividing may give a neighbour of scaling among the float64 numbers, but never one that rounds
+    to another float32: a bound between two of those, times a rank, is exact.
+    """
     alpha = scaling * rank
-    if round(alpha) / rank == scaling:
-        return round(alpha)
-    (kept,) = struct.unpack("<f", struct.pack("<f", scaling))
-    (result,) = struct.unpack("<f", struct.pack("<f", alpha / rank))
-    # 24 bits times a rank are exact in float64, so dividing them again is too.
-    return alpha if result == kept else kept * rank
+    return round(alpha) if round(alpha) / rank == scaling else alpha
 
 
 def _pattern(values: Mapping[tuple[int, str], float], default: float) -> dict[str, float]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -66,7 +67,9 @@ def list_adapters(url: Url = DEFAULT_URL) -> None:
     with one_message():
         with connect(url) as client:
             models = check(client.get("/v1/models")).json()["data"]
-        table = Table("Adapter", "Base", "Root")
+        table = Table(box=box.SIMPLE_HEAD)
+        for heading in ("Adapter", "Base", "Root"):
+            table.add_column(heading, overflow="fold")
         for model in models:
             if model.get("parent") is not None:
                 table.add_row(model["id"], model["parent"], model.get("root"))
@@ -257,7 +260,7 @@ def _one_table(report: _Report, base: str) -> Table:
         ("adapter", report.name),
         ("digest", report.digest),
         ("base", f"{base} (fits)"),
-        ("sharing", _sharing(summary)),
+        ("sharing", summary.sharing + (", one A for q, k and v" if summary.shares_qkv else "")),
         ("rank", _ranks(summary)),
         ("modules", ", ".join(module.rpartition(".")[2] for module in summary.modules)),
         ("layers", str(summary.num_layers)),
@@ -268,19 +271,19 @@ def _one_table(report: _Report, base: str) -> Table:
 
 
 def _row_table(reports: Iterable[_Report]) -> Table:
-    table = Table("Adapter", "Sharing")
-    for heading in ("Rank", "Modules", "Layers", "Matrices", "Stored", "As LoRA"):
-        table.add_column(heading, justify="right")
+    table = Table(box=box.SIMPLE_HEAD)
+    table.add_column("Adapter", overflow="fold")
+    table.add_column("Sharing", no_wrap=True)
+    for heading in ("Rank", "Layers", "Stored", "As LoRA"):
+        table.add_column(heading, justify="right", no_wrap=True)
     table.add_column("Digest", no_wrap=True)
     for report in reports:
         summary = report.summary
         table.add_row(
             report.name,
-            _sharing(summary),
+            summary.sharing,
             _ranks(summary),
-            str(len(summary.modules)),
             str(summary.num_layers),
-            str(summary.num_factors),
             format_bytes(summary.stored_bytes),
             format_bytes(summary.expanded_bytes),
             report.digest[:_NUM_DIGEST_CHARACTERS],
@@ -307,10 +310,6 @@ def _pairs_table(*rows: tuple[str, str]) -> Table:
     for row in rows:
         table.add_row(*row)
     return table
-
-
-def _sharing(summary: "AdapterSummary") -> str:
-    return summary.sharing + (", one A for q, k and v" if summary.shares_qkv else "")
 
 
 def _ranks(summary: "AdapterSummary") -> str:

@@ -1,16 +1,18 @@
 """The command serve: its options are ServeConfig's fields."""
 
+import asyncio
 import inspect
 import logging
 import signal
 import socket
 from collections.abc import Callable
 from types import FrameType
-from typing import Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 import uvicorn
 from rich.console import Console
+from rich.markup import escape
 
 from sharelora_serve.cli.failure import one_message
 from sharelora_serve.config import (
@@ -20,7 +22,13 @@ from sharelora_serve.config import (
     flag,
     value_text,
 )
-from sharelora_serve.errors import ConfigurationError
+from sharelora_serve.errors import ConfigurationError, EngineStoppedError
+
+if TYPE_CHECKING:
+    from sharelora_serve.engine.engine import Engine  # slow to import
+
+GRACE_SECONDS = 8.0
+"""How long running requests may go on after a signal: Docker kills a container after 10 seconds."""
 
 
 def serve(**settings: str | bool | None) -> None:
@@ -45,41 +53,56 @@ def _run(config: ServeConfig, console: Console) -> None:
     )
     listener = _bind(config.host, config.port)  # before loading: a taken port is told at once
     # Slow imports, which --help and the other commands need not wait for.
-    with console.status(f"Loading {config.base_name}"):
+    with console.status(f"Loading {escape(config.base_name)}"):
         from sharelora_serve.engine.load import load_engine
         from sharelora_serve.server.app import create_app
     engine = load_engine(config, console)
     application = create_app(engine, config)
-    server = _AnnouncingServer(
+    server = _Server(
         uvicorn.Config(
             application,
             log_config=None,
             log_level=config.log_level,
             access_log=config.log_level == "debug",
         ),
-        lambda: console.print(_announcement(config, listener), highlight=False),
+        engine,
+        lambda: console.print(_announcement(config, listener), highlight=False, soft_wrap=True),
     )
     server.run(sockets=[listener])
+    if not server.started:
+        raise EngineStoppedError("the server did not start; its log says why")
 
 
 def _announcement(config: ServeConfig, listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    adapters = f" and the adapters in {config.adapters}" if config.adapters else ""
-    return f"Serving [bold]{config.base_name}[/bold]{adapters} at [bold]{url}[/bold]"
+    adapters = f" and the adapters in {escape(str(config.adapters))}" if config.adapters else ""
+    return f"Serving [bold]{escape(config.base_name)}[/bold]{adapters} at [bold]{url}[/bold]"
 
 
-class _AnnouncingServer(uvicorn.Server):
-    """Calls announce once requests are accepted."""
+class _Server(uvicorn.Server):
+    """Calls announce once requests are accepted, and does not wait for ever when it is stopped."""
 
-    def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
+    def __init__(
+        self, config: uvicorn.Config, engine: "Engine", announce: Callable[[], None]
+    ) -> None:
         super().__init__(config)
+        self._engine = engine
         self._announce = announce
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        self._announce()
+        if self.started:
+            self._announce()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Running requests may finish; those that take longer fail with the engine, so that their
+        # clients are told. uvicorn's own time limit would only cut their connections.
+        loop = asyncio.get_running_loop()
+        stop = loop.call_later(GRACE_SECONDS, lambda: loop.run_in_executor(None, self._engine.stop))
+        await super().shutdown(sockets)
+        stop.cancel()
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -65,6 +65,9 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
     device = _device(config)
     dtype = _dtype(config, model, device)
     kernels = _kernels(config, device)
+    # The compiled kernels share torch's OpenMP runtime. Its threads spin while they wait for work,
+    # but only as long as there are no more of them than processors: torch must not add its own.
+    torch.set_num_threads(1 if isinstance(kernels, CpuKernels) else config.num_threads)
     layout = model.layout(config.base_name)
     wake = threading.Event()
     pool = MatrixPool(config.adapter_memory, layout.feature_counts, dtype, device)
@@ -82,6 +85,7 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
                 dtype,
                 kernels,
                 device=device,
+                max_positions=max_model_len,
                 fold=fold_adapter(merged.adapter, dtype) if merged is not None else None,
                 on_layer=lambda layer: progress.update(task, completed=layer + 1),
             )
@@ -93,7 +97,6 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
             device=device,
             kv_blocks=kv_cache.num_blocks + 1,  # and the padding block
             max_tokens=config.max_batch_tokens,
-            max_positions=max_model_len,
         )
         pages = None if merged is None else (merged.version, _acquire(adapters, merged, wake))
     except BaseException:
@@ -118,7 +121,6 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
     )
 
     def prepare_thread() -> None:
-        torch.set_num_threads(config.num_threads)
         numba.set_num_threads(min(config.num_threads, int(numba.config.NUMBA_NUM_THREADS)))
         with torch.inference_mode():
             _warm_up(runner, layout, config.max_batch_tokens)
@@ -250,10 +252,10 @@ def _kv_cache(
     config: ServeConfig, model: ModelConfig, kernels: Kernels, dtype: torch.dtype
 ) -> tuple[KVCache, int]:
     """The book of the KV cache, and the bytes that the cache takes."""
-    one_layer: tuple[Any, ...] = kernels.make_kv_cache(
-        1, model.num_kv_heads, model.head_dim, dtype, torch.device("cpu")
+    one_block: tuple[Any, ...] = kernels.make_kv_cache(
+        model.num_layers, 1, model.num_kv_heads, model.head_dim, dtype, torch.device("cpu")
     )
-    block_bytes = model.num_layers * sum(part.nbytes for part in one_layer)
+    block_bytes = sum(part.nbytes for part in one_block)
     num_blocks = config.kv_memory // block_bytes
     cache = KVCache(num_blocks, BLOCK_SIZE, prefix_caching=config.prefix_cache)
     return cache, num_blocks * block_bytes

@@ -6,57 +6,60 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
+from sharelora_serve.kernels.layers import Buffers, LayerWeights
 
 
 class Kernels(Protocol):
-    """Kernels for one kind of device. Activations are float32, `out` is written in place."""
+    """Kernels for one kind of device. Activations are float32, outputs are written in place."""
 
     @property
     def name(self) -> str:
         """As `--kernels` has it."""
 
-    def pack(self, weight: Tensor) -> Any:
-        """See ReferenceKernels."""
+    def make_weights(
+        self,
+        num_layers: int,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Any:
+        """Room for one weight of each layer; index it by layer."""
 
-    def linear(self, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
-        """See ReferenceKernels."""
+    def pack(self, weight: Tensor, to: Any) -> None:
+        """Store a weight (out, in), in its stored dtype, in one layer's room."""
+
+    def linear(self, x: Tensor, weight: Any, out: Tensor) -> None:
+        """out[:, :out_features] = x W^T; `out` may be wider, by less than a block."""
 
     def embed(self, weight: Any, token_ids: Tensor, out: Tensor) -> None:
-        """See ReferenceKernels."""
+        """out[t] = row token_ids[t] of a weight."""
 
     def add_and_norm(
         self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor
     ) -> None:
-        """See ReferenceKernels."""
-
-    def silu_and_multiply(self, gate_up: Tensor, out: Tensor) -> None:
-        """See ReferenceKernels."""
+        """x += delta; out = root-mean-square norm of x times weight (arXiv 1910.07467)."""
 
     def make_kv_cache(
         self,
+        num_layers: int,
         num_blocks: int,
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> tuple[Any, Any]:
-        """See ReferenceKernels."""
+        """Keys and values of all layers, the layer and then the block being the first indices."""
 
-    def attend(
+    def layers(
         self,
-        qkv: Tensor,
-        q_norm: Tensor,
-        k_norm: Tensor,
-        eps: float,
-        cosine: Tensor,
-        sine: Tensor,
-        batch: AttentionBatch,
-        window: int,
-        keys: Any,
-        values: Any,
-        out: Tensor,
+        buffers: Buffers,
+        weights: LayerWeights,
+        kv_cache: tuple[Any, Any],
+        attention: AttentionBatch,
+        adapters: AdapterBatch | None,
     ) -> None:
-        """See ReferenceKernels."""
+        """All decoder layers: x and delta in the buffers, keys and values in the cache.
 
-    def add_adapters(self, x: Tensor, out: Tensor, batch: AdapterBatch, modules: Tensor) -> None:
-        """See ReferenceKernels."""
+        adapters is None when every row is the base's own: then nothing of adapters is run.
+        """

@@ -10,46 +10,47 @@ import numpy as np
 
 from sharelora_serve.kernels.vector import LANES, has_avx512, make_product_tile
 
-_ROWS_12_OR_6 = 12 if has_avx512() else 6
-_WIDE = 2 if has_avx512() else 1
+WIDE = 2 if has_avx512() else 1
+"""Neighbouring blocks that one tile of `product` computes."""
 
-_tall_wide = make_product_tile(_ROWS_12_OR_6, _WIDE, accumulate=False)
-_eight_wide = make_product_tile(8 if has_avx512() else 4, _WIDE, accumulate=False)
-_four_wide = make_product_tile(4, _WIDE, accumulate=False)
-_two_wide = make_product_tile(2, _WIDE, accumulate=False)
-_one_wide = make_product_tile(1, _WIDE, accumulate=False)
-_four = make_product_tile(4, 1, accumulate=False)
-_three = make_product_tile(3, 1, accumulate=False)
-_two = make_product_tile(2, 1, accumulate=False)
-_one = make_product_tile(1, 1, accumulate=False)
-_four_more = make_product_tile(4, 1, accumulate=True)
-_three_more = make_product_tile(3, 1, accumulate=True)
-_two_more = make_product_tile(2, 1, accumulate=True)
-_one_more = make_product_tile(1, 1, accumulate=True)
+TALL = 12 if has_avx512() else 6
+MEDIUM = 8 if has_avx512() else 4
+"""Rows of the larger tiles, so that their sums fill the registers."""
 
-_TALL = _ROWS_12_OR_6
-_MEDIUM = 8 if has_avx512() else 4
+_tall_wide = make_product_tile(TALL, WIDE, accumulate=False, prefetch=False)
+_medium_wide = make_product_tile(MEDIUM, WIDE, accumulate=False, prefetch=False)
+_four_wide = make_product_tile(4, WIDE, accumulate=False, prefetch=False)
+_two_wide = make_product_tile(2, WIDE, accumulate=False, prefetch=False)
+_one_wide = make_product_tile(1, WIDE, accumulate=False, prefetch=False)
+_four = make_product_tile(4, 1, accumulate=False, prefetch=False)
+_three = make_product_tile(3, 1, accumulate=False, prefetch=False)
+_two = make_product_tile(2, 1, accumulate=False, prefetch=False)
+_one = make_product_tile(1, 1, accumulate=False, prefetch=False)
+_four_more = make_product_tile(4, 1, accumulate=True, prefetch=False)
+_three_more = make_product_tile(3, 1, accumulate=True, prefetch=False)
+_two_more = make_product_tile(2, 1, accumulate=True, prefetch=False)
+_one_more = make_product_tile(1, 1, accumulate=True, prefetch=False)
 
 
 @numba.njit(nogil=True)
-def _wide_rows(x: Any, weight: Any, block: Any, out: Any) -> None:
-    """All rows of x times _WIDE neighbouring blocks."""
-    rows, row = x.shape[0], 0
-    column = block * LANES
-    while rows - row >= _TALL:
-        _tall_wide(x, row, 0, weight, block, out, row, column)
-        row += _TALL
-    while rows - row >= _MEDIUM:
-        _eight_wide(x, row, 0, weight, block, out, row, column)
-        row += _MEDIUM
+def wide_product(x: Any, weight: Any, block: Any, out: Any) -> None:
+    """All rows of x times WIDE neighbouring blocks."""
+    rows, row, depth = x.shape[0], 0, weight.shape[1]
+    start, column = block * depth * LANES, block * LANES
+    while rows - row >= TALL:
+        _tall_wide(x, row, 0, weight, start, LANES, depth, out, row, column)
+        row += TALL
+    while rows - row >= MEDIUM:
+        _medium_wide(x, row, 0, weight, start, LANES, depth, out, row, column)
+        row += MEDIUM
     while rows - row >= 4:
-        _four_wide(x, row, 0, weight, block, out, row, column)
+        _four_wide(x, row, 0, weight, start, LANES, depth, out, row, column)
         row += 4
     while rows - row >= 2:
-        _two_wide(x, row, 0, weight, block, out, row, column)
+        _two_wide(x, row, 0, weight, start, LANES, depth, out, row, column)
         row += 2
     if rows > row:
-        _one_wide(x, row, 0, weight, block, out, row, column)
+        _one_wide(x, row, 0, weight, start, LANES, depth, out, row, column)
 
 
 @numba.njit(nogil=True)
@@ -57,54 +58,89 @@ def block_product(
     x: Any, x_row: Any, x_column: Any, rows: Any, weight: Any, block: Any, out: Any, column: Any
 ) -> None:
     """out[:rows, column:column + LANES] = x[x_row:x_row + rows, x_column:] times one block."""
-    row = 0
+    row, depth = 0, weight.shape[1]
+    start = block * depth * LANES
     while rows - row >= 4:
-        _four(x, x_row + row, x_column, weight, block, out, row, column)
+        _four(x, x_row + row, x_column, weight, start, LANES, depth, out, row, column)
         row += 4
     if rows - row == 3:
-        _three(x, x_row + row, x_column, weight, block, out, row, column)
+        _three(x, x_row + row, x_column, weight, start, LANES, depth, out, row, column)
     elif rows - row == 2:
-        _two(x, x_row + row, x_column, weight, block, out, row, column)
+        _two(x, x_row + row, x_column, weight, start, LANES, depth, out, row, column)
     elif rows - row == 1:
-        _one(x, x_row + row, x_column, weight, block, out, row, column)
+        _one(x, x_row + row, x_column, weight, start, LANES, depth, out, row, column)
 
 
 @numba.njit(nogil=True)
-def add_block_product(
-    x: Any, x_row: Any, x_column: Any, rows: Any, weight: Any, block: Any, out: Any, column: Any
+def add_product(
+    x: Any,
+    x_row: Any,
+    x_column: Any,
+    rows: Any,
+    weight: Any,
+    start: Any,
+    stride: Any,
+    depth: Any,
+    out: Any,
+    out_row: Any,
+    column: Any,
 ) -> None:
-    """As block_product, added to `out`."""
+    """out[out_row:, column:column + LANES] += rows of x times `depth` lines of LANES weights.
+
+    Line k begins at element start + k * stride of `weight`.
+    """
     row = 0
     while rows - row >= 4:
-        _four_more(x, x_row + row, x_column, weight, block, out, row, column)
+        _four_more(
+            x, x_row + row, x_column, weight, start, stride, depth, out, out_row + row, column
+        )
         row += 4
     if rows - row == 3:
-        _three_more(x, x_row + row, x_column, weight, block, out, row, column)
+        _three_more(
+            x, x_row + row, x_column, weight, start, stride, depth, out, out_row + row, column
+        )
     elif rows - row == 2:
-        _two_more(x, x_row + row, x_column, weight, block, out, row, column)
+        _two_more(
+            x, x_row + row, x_column, weight, start, stride, depth, out, out_row + row, column
+        )
     elif rows - row == 1:
-        _one_more(x, x_row + row, x_column, weight, block, out, row, column)
+        _one_more(
+            x, x_row + row, x_column, weight, start, stride, depth, out, out_row + row, column
+        )
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def product(x: Any, weight: Any, out: Any) -> None:
-    """out[t, n] = sum over k of x[t, k] W[n, k], all columns of `out`, padding included.
+def product(x: Any, weight: Any, bias: Any, out: Any) -> None:
+    """out[t, n] = bias[n] + sum over k of x[t, k] W[n, k], all columns of `out`, padding included.
 
     x       (num_tokens, in_features)                   float32
     weight  (ceil(out / LANES), in_features, LANES)     packed, as stored
+    bias    (out_features,)                             float32; empty for none
     out     (num_tokens, ceil(out / LANES) * LANES)     float32
     """
-    pairs = weight.shape[0] // _WIDE
+    pairs = weight.shape[0] // WIDE
     for pair in numba.prange(pairs):
-        _wide_rows(x, weight, pair * _WIDE, out)
-    for block in range(pairs * _WIDE, weight.shape[0]):
+        wide_product(x, weight, pair * WIDE, out)
+        add_bias(bias, out, pair * WIDE * LANES, (pair + 1) * WIDE * LANES)
+    for block in range(pairs * WIDE, weight.shape[0]):
         block_product(x, 0, 0, x.shape[0], weight, block, out, block * LANES)
+        add_bias(bias, out, block * LANES, (block + 1) * LANES)
 
 
-def pack(weight: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+@numba.njit(nogil=True)
+def add_bias(bias: Any, out: Any, begin: Any, end: Any) -> None:
+    """out[:, begin:end] += bias, where there is one."""
+    end = min(end, bias.shape[0])
+    if begin < end:
+        for t in range(out.shape[0]):
+            for column in range(begin, end):
+                out[t, column] += bias[column]
+
+
+def pack(weight: np.ndarray[Any, Any], to: np.ndarray[Any, Any]) -> None:
     """Lay a stored weight (out, in) out as `product` reads it."""
     outputs, inputs = weight.shape
     blocks = -(-outputs // LANES)
     padded = np.zeros((blocks * LANES, inputs), weight.dtype)
     padded[:outputs] = weight
-    return np.ascontiguousarray(padded.reshape(blocks, LANES, inputs).transpose(0, 2, 1))
+    to[...] = padded.reshape(blocks, LANES, inputs).transpose(0, 2, 1)

@@ -1,11 +1,13 @@
 """The kernels in plain torch: what each computes, on any device, to hold the fast ones against."""
 
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from sharelora_serve.kernels.batch import BLOCK_SIZE, PAGE_RANK, AdapterBatch, AttentionBatch
+from sharelora_serve.kernels.layers import Buffers, LayerWeights
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -24,14 +26,24 @@ class ReferenceKernels:
 
     name = "reference"
 
-    def pack(self, weight: Tensor) -> Any:
-        """A weight (out, in) as it is."""
-        return weight
+    def make_weights(
+        self,
+        num_layers: int,
+        out_features: int,
+        in_features: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> Any:
+        """(num_layers, out_features, in_features)."""
+        return torch.empty(num_layers, out_features, in_features, dtype=dtype, device=device)
 
-    def linear(self, x: Tensor, weight: Any, bias: Tensor | None, out: Tensor) -> None:
-        """out[:, :out_features] = x W^T + bias; `out` may be wider."""
-        wide = weight.to(x.dtype)
-        out[:, : wide.shape[0]] = torch.nn.functional.linear(x, wide, bias)
+    def pack(self, weight: Tensor, to: Any) -> None:
+        """Store a weight (out, in) as it is."""
+        to.copy_(weight)
+
+    def linear(self, x: Tensor, weight: Any, out: Tensor) -> None:
+        """out[:, :out_features] = x W^T; `out` may be wider."""
+        out[:, : weight.shape[0]] = torch.nn.functional.linear(x, weight.to(x.dtype))
 
     def embed(self, weight: Any, token_ids: Tensor, out: Tensor) -> None:
         """out[t] = row token_ids[t] of a weight."""
@@ -52,14 +64,15 @@ class ReferenceKernels:
 
     def make_kv_cache(
         self,
+        num_layers: int,
         num_blocks: int,
         num_kv_heads: int,
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
     ) -> tuple[Any, Any]:
-        """One layer's keys and values, both (blocks, 16, kv_heads, head_dim)."""
-        shape = (num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
+        """Keys and values, both (layers, blocks, 16, kv_heads, head_dim)."""
+        shape = (num_layers, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
         return (
             torch.zeros(shape, dtype=dtype, device=device),
             torch.zeros(shape, dtype=dtype, device=device),
@@ -121,17 +134,22 @@ class ReferenceKernels:
             )
             out[rows] = answer[0].transpose(0, 1).reshape(count, -1)
 
-    def add_adapters(self, x: Tensor, out: Tensor, batch: AdapterBatch, modules: Tensor) -> None:
+    def add_adapters(
+        self, x: Tensor, out: Tensor, batch: AdapterBatch, entry: int, columns: Tensor
+    ) -> None:
         """out[t, module] += scaling * B A x[t], every row with its own pages (arXiv 2106.09685).
 
-        modules  (num_modules, 3) int64: a module's entry in the page table, where its outputs
-                 begin in the fused output `out`, and how many they are
+        entry    of the page table, of the first module whose outputs stand in `out`
+        columns  (num_modules + 1,) int64, where the outputs of each begin
         """
         width = x.shape[1]
+        borders = columns.tolist()
         for adapter in batch.row_adapter.unique().tolist():
             rows = (batch.row_adapter == adapter).nonzero().squeeze(1)
-            for entry, column, features in modules.tolist():
-                begin, end = batch.offsets[adapter, entry : entry + 2].tolist()
+            for module, (column, end) in enumerate(pairwise(borders)):
+                features = end - column
+                first = entry + module
+                begin, end = batch.offsets[adapter, first : first + 2].tolist()
                 if begin == end:
                     continue
                 a = _pages(batch.arena, batch.a_pages[begin:end], width)
@@ -139,6 +157,51 @@ class ReferenceKernels:
                 scaling = batch.scaling[begin:end].repeat_interleave(PAGE_RANK)
                 answer = (x[rows] @ a.T * scaling) @ b
                 out[rows, column : column + features] += answer
+
+    def layers(
+        self,
+        buffers: Buffers,
+        weights: LayerWeights,
+        kv_cache: tuple[Any, Any],
+        attention: AttentionBatch,
+        adapters: AdapterBatch | None,
+    ) -> None:
+        """Every decoder layer: norm, attention, norm, gated MLP (arXiv 2302.13971)."""
+        b, w = buffers, weights
+
+        def product(x: Tensor, weight: Any, bias: Tensor, out: Tensor, columns: Tensor) -> None:
+            self.linear(x, weight, out)
+            out[:, : len(bias)] += bias
+            if adapters is not None:
+                self.add_adapters(x, out, adapters, entry, columns)
+
+        keys, values = kv_cache
+        entry = 0
+        for layer, window in enumerate(w.windows.tolist()):
+            self.add_and_norm(b.x, b.delta, w.input_norm[layer], w.norm_eps, b.normed)
+            product(b.normed, w.qkv[layer], w.qkv_bias[layer], b.qkv, w.qkv_columns)
+            entry += 3
+            self.attend(
+                b.qkv,
+                w.q_norm[layer],
+                w.k_norm[layer],
+                w.norm_eps,
+                w.cosine,
+                w.sine,
+                attention,
+                window,
+                keys[layer],
+                values[layer],
+                b.attended,
+            )
+            product(b.attended, w.o[layer], w.o_bias[layer], b.delta, w.o_columns)
+            entry += 1
+            self.add_and_norm(b.x, b.delta, w.post_norm[layer], w.norm_eps, b.normed)
+            product(b.normed, w.gate_up[layer], w.gate_up_bias[layer], b.gate_up, w.gate_up_columns)
+            entry += 2
+            self.silu_and_multiply(b.gate_up, b.inner)
+            product(b.inner, w.down[layer], w.down_bias[layer], b.delta, w.down_columns)
+            entry += 1
 
 
 def _pages(arena: Tensor, page_ids: Tensor, width: int) -> Tensor:

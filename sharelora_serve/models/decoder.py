@@ -3,18 +3,13 @@
 import torch
 from torch import Tensor
 
-from sharelora_serve.adapters.layout import MODULES
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
 from sharelora_serve.kernels.interface import Kernels
+from sharelora_serve.kernels.layers import Buffers
 from sharelora_serve.models.config import ModelConfig
 from sharelora_serve.models.loader import ModelWeights
 
-_FUSED = {
-    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-    "o": ("self_attn.o_proj",),
-    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
-    "down": ("mlp.down_proj",),
-}
+_PADDING = 16  # outputs of a packed block: products write whole ones
 
 
 class Decoder:
@@ -22,7 +17,6 @@ class Decoder:
 
     kv_blocks     blocks of the KV cache, in every layer
     max_tokens    rows of the largest batch
-    max_positions length of the longest sequence
     """
 
     def __init__(
@@ -35,38 +29,28 @@ class Decoder:
         device: torch.device,
         kv_blocks: int,
         max_tokens: int,
-        max_positions: int,
     ) -> None:
         self.config = config
-        self.weights = weights
-        self.kernels = kernels
-        self.cosine, self.sine = (table.to(device) for table in config.rotary_tables(max_positions))
-        self.kv_cache = [
-            kernels.make_kv_cache(kv_blocks, config.num_kv_heads, config.head_dim, dtype, device)
-            for _ in range(config.num_layers)
-        ]
-        shapes = config.layout("").shapes
-        self._modules = [
-            {
-                fused: torch.tensor(_columns(layer, modules, shapes), dtype=torch.int64)
-                for fused, modules in _FUSED.items()
-            }
-            for layer in range(config.num_layers)
-        ]
+        self._weights = weights
+        self._kernels = kernels
+        self._kv_cache = kernels.make_kv_cache(
+            config.num_layers, kv_blocks, config.num_kv_heads, config.head_dim, dtype, device
+        )
 
         def buffer(width: int) -> Tensor:
-            return torch.zeros(max_tokens, width, device=device)
+            return torch.zeros(max_tokens, -(-width // _PADDING) * _PADDING, device=device)
 
-        def padded(*modules: str) -> Tensor:
-            return buffer(-(-sum(shapes[m][1] for m in modules) // 16) * 16)
-
-        self._x = buffer(config.hidden_size)
-        self._normed = buffer(config.hidden_size)
-        self._attended = buffer(config.num_heads * config.head_dim)
-        self._inner = buffer(config.intermediate_size)
-        self._qkv = padded(*_FUSED["qkv"])
-        self._gate_up = padded(*_FUSED["gate_up"])
-        self._delta = padded(*_FUSED["o"])
+        attention = config.num_heads * config.head_dim
+        hidden, inner = config.hidden_size, config.intermediate_size
+        self._buffers = Buffers(
+            x=torch.zeros(max_tokens, hidden, device=device),
+            delta=buffer(hidden),
+            normed=torch.zeros(max_tokens, hidden, device=device),
+            qkv=buffer(attention + 2 * config.num_kv_heads * config.head_dim),
+            attended=torch.zeros(max_tokens, attention, device=device),
+            gate_up=buffer(2 * inner),
+            inner=torch.zeros(max_tokens, inner, device=device),
+        )
 
     def forward(
         self,
@@ -83,58 +67,14 @@ class Decoder:
 
         Returns logits (num_logits, vocab_size) float32.
         """
-        kernels, config, weights = self.kernels, self.config, self.weights
-        rows = len(token_ids)
-        x, normed, delta = self._x[:rows], self._normed[:rows], self._delta[:rows]
-        qkv, attended = self._qkv[:rows], self._attended[:rows]
-        gate_up, inner = self._gate_up[:rows], self._inner[:rows]
-        kernels.embed(weights.embedding, token_ids, x)
-        delta.zero_()
-
-        def add_adapters(source: Tensor, out: Tensor, modules: Tensor) -> None:
-            if adapters is not None:
-                kernels.add_adapters(source, out, adapters, modules)
-
-        for layer, modules, window, (keys, values) in zip(
-            weights.layers, self._modules, config.windows, self.kv_cache, strict=True
-        ):
-            kernels.add_and_norm(x, delta, layer.input_norm, config.norm_eps, normed)
-            kernels.linear(normed, layer.qkv, layer.qkv_bias, qkv)
-            add_adapters(normed, qkv, modules["qkv"])
-            kernels.attend(
-                qkv,
-                layer.q_norm,
-                layer.k_norm,
-                config.norm_eps,
-                self.cosine,
-                self.sine,
-                attention,
-                window,
-                keys,
-                values,
-                attended,
-            )
-            kernels.linear(attended, layer.o, layer.o_bias, delta)
-            add_adapters(attended, delta, modules["o"])
-            kernels.add_and_norm(x, delta, layer.post_norm, config.norm_eps, normed)
-            kernels.linear(normed, layer.gate_up, layer.gate_up_bias, gate_up)
-            add_adapters(normed, gate_up, modules["gate_up"])
-            kernels.silu_and_multiply(gate_up, inner)
-            kernels.linear(inner, layer.down, layer.down_bias, delta)
-            add_adapters(inner, delta, modules["down"])
+        kernels, config, weights = self._kernels, self.config, self._weights
+        buffers = self._buffers.rows(len(token_ids))
+        kernels.embed(weights.embedding, token_ids, buffers.x)
+        buffers.delta.zero_()
+        kernels.layers(buffers, weights.layers, self._kv_cache, attention, adapters)
+        x, delta = buffers.x[logit_rows], buffers.delta[logit_rows]
+        normed = torch.empty_like(x)
         kernels.add_and_norm(x, delta, weights.norm, config.norm_eps, normed)
-        logits = normed.new_empty(len(logit_rows), -(-config.vocab_size // 16) * 16)
-        kernels.linear(normed[logit_rows], weights.head, None, logits)
+        logits = x.new_empty(len(logit_rows), -(-config.vocab_size // _PADDING) * _PADDING)
+        kernels.linear(normed, weights.head, logits)
         return logits[:, : config.vocab_size]
-
-
-def _columns(
-    layer: int, modules: tuple[str, ...], shapes: dict[str, tuple[int, int]]
-) -> list[tuple[int, int, int]]:
-    """(entry in the page table, first output column, number of output columns) of each module."""
-    columns, start = [], 0
-    for module in modules:
-        entry, width = layer * len(MODULES) + MODULES.index(module), shapes[module][1]
-        columns.append((entry, start, width))
-        start += width
-    return columns

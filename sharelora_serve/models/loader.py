@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -12,31 +13,18 @@ from torch import Tensor
 
 from sharelora_serve.errors import UnsupportedModelError
 from sharelora_serve.kernels.interface import Kernels
+from sharelora_serve.kernels.layers import LayerWeights
 from sharelora_serve.models.config import ModelConfig
+
+_FUSED = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "o": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
 
 Fold = Callable[[int, str, Tensor], Tensor]
 """(layer, module, float32 weight) -> the weight with an adapter folded in."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerWeights:
-    """One decoder layer; q, k, v and gate, up are fused. Norms and biases are float32.
-
-    q_norm, k_norm  (head_dim,), empty where the model has none
-    """
-
-    input_norm: Tensor
-    qkv: Any
-    qkv_bias: Tensor | None
-    q_norm: Tensor
-    k_norm: Tensor
-    o: Any
-    o_bias: Tensor | None
-    post_norm: Tensor
-    gate_up: Any
-    gate_up_bias: Tensor | None
-    down: Any
-    down_bias: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +32,7 @@ class ModelWeights:
     """A whole base. `embedding` and `head` are one object where the model ties them."""
 
     embedding: Any
-    layers: list[LayerWeights]
+    layers: LayerWeights
     norm: Tensor
     head: Any
 
@@ -96,90 +84,102 @@ def load_weights(
     kernels: Kernels,
     *,
     device: torch.device,
+    max_positions: int,
     fold: Fold | None,
     on_layer: Callable[[int], None],
 ) -> ModelWeights:
     """Read and pack a base.
 
-    device     where they are put
-    dtype      in which the linear layers and the embedding are stored
-    fold       applied to each adaptable weight before it is packed
-    on_layer   called after each layer, for a progress bar
+    dtype          in which the linear layers and the embedding are stored
+    device         where they are put
+    max_positions  length of the longest sequence
+    fold           applied to each adaptable weight before it is packed
+    on_layer       called after each layer, for a progress bar
 
     Raises UnsupportedModelError for tensors that are missing, misshapen, not understood, or too
     large for the dtype.
     """
     files = _Checkpoint(folder)
     shapes = config.layout("").shapes
+    num_layers = config.num_layers
 
-    def vector(name: str, size: int) -> Tensor:
-        return files.take(name, (size,)).float().to(device)
+    def table(name: str) -> Any:  # noqa: ANN401 - as the kernels lay it out
+        weights = kernels.make_weights(1, config.vocab_size, config.hidden_size, dtype, device)
+        weight = files.take(name, (config.vocab_size, config.hidden_size))
+        kernels.pack(_cast(weight, dtype, name).to(device), weights[0])
+        return weights[0]
 
-    def pack(weight: Tensor, name: str) -> Any:  # noqa: ANN401 - as the kernels lay it out
-        return kernels.pack(_cast(weight, dtype, name).to(device))
+    def vectors(name: str, size: int) -> Tensor:
+        """One vector of each layer; none of them where the first layer has none."""
+        if f"model.layers.0.{name}" not in files:
+            size = 0
+        names = [f"model.layers.{layer}.{name}" for layer in range(num_layers)]
+        stacked = [files.take(n, (size,)).float() if size else torch.empty(0) for n in names]
+        return torch.stack(stacked).to(device)
 
-    def fused(prefix: str, modules: list[str], layer: int) -> tuple[Any, Tensor | None]:
-        weights, biases = [], []
-        for module in modules:
-            name = f"{prefix}{module}"
-            inputs, outputs = shapes[module]
-            weight = files.take(f"{name}.weight", (outputs, inputs)).float()
-            weights.append(weight if fold is None else fold(layer, module, weight))
-            if f"{name}.bias" in files:
-                biases.append(vector(f"{name}.bias", outputs))
-        if biases and len(biases) < len(modules):
-            raise UnsupportedModelError(f"{prefix}: only some of {', '.join(modules)} have a bias")
-        return pack(torch.cat(weights), f"{prefix}{modules[0]}.weight"), torch.cat(
-            biases
-        ) if biases else None
+    def norms(name: str, size: int) -> Tensor:
+        norm = vectors(f"{name}.weight", size)
+        if norm.shape[1] != size:
+            raise UnsupportedModelError(f"{folder}: tensor 'model.layers.0.{name}' is missing")
+        return norm
 
-    def load_layer(layer: int) -> LayerWeights:
-        prefix = f"model.layers.{layer}."
-        qkv, qkv_bias = fused(prefix, [f"self_attn.{x}_proj" for x in "qkv"], layer)
-        o, o_bias = fused(prefix, ["self_attn.o_proj"], layer)
-        gate_up, gate_up_bias = fused(prefix, ["mlp.gate_proj", "mlp.up_proj"], layer)
-        down, down_bias = fused(prefix, ["mlp.down_proj"], layer)
-        head_norm = config.head_dim if config.qk_norm else 0
-        norms = [
-            vector(f"{prefix}self_attn.{side}_norm.weight", head_norm)
-            if head_norm
-            else torch.empty(0, device=device)
-            for side in "qk"
-        ]
-        return LayerWeights(
-            input_norm=vector(f"{prefix}input_layernorm.weight", config.hidden_size),
-            qkv=qkv,
-            qkv_bias=qkv_bias,
-            q_norm=norms[0],
-            k_norm=norms[1],
-            o=o,
-            o_bias=o_bias,
-            post_norm=vector(f"{prefix}post_attention_layernorm.weight", config.hidden_size),
-            gate_up=gate_up,
-            gate_up_bias=gate_up_bias,
-            down=down,
-            down_bias=down_bias,
+    def biases(modules: tuple[str, ...]) -> Tensor:
+        found = [vectors(f"{module}.bias", shapes[module][1]) for module in modules]
+        if len({bias.shape[1] > 0 for bias in found}) > 1:
+            raise UnsupportedModelError(
+                f"{folder}: only some of {', '.join(modules)} have a bias, which is not supported"
+            )
+        return torch.cat(found, dim=1)
+
+    def columns(modules: tuple[str, ...]) -> Tensor:
+        return torch.tensor([0, *accumulate(shapes[module][1] for module in modules)])
+
+    products = {
+        fused: kernels.make_weights(
+            num_layers, int(columns(modules)[-1]), shapes[modules[0]][0], dtype, device
         )
-
-    table = (config.vocab_size, config.hidden_size)
-    name = "model.embed_tokens.weight"
-    embedding = pack(files.take(name, table), name)
-    layers = []
-    for layer in range(config.num_layers):
-        layers.append(load_layer(layer))
+        for fused, modules in _FUSED.items()
+    }
+    embedding = table("model.embed_tokens.weight")
+    for layer in range(num_layers):
+        for fused, modules in _FUSED.items():
+            parts = []
+            for module in modules:
+                inputs, outputs = shapes[module]
+                name = f"model.layers.{layer}.{module}.weight"
+                weight = files.take(name, (outputs, inputs)).float()
+                parts.append(weight if fold is None else fold(layer, module, weight))
+            name = f"model.layers.{layer}.{modules[0]}.weight"
+            kernels.pack(_cast(torch.cat(parts), dtype, name).to(device), products[fused][layer])
         on_layer(layer)
-    norm = vector("model.norm.weight", config.hidden_size)
-    head = embedding
-    if config.tied:
-        files.take("lm_head.weight", table) if "lm_head.weight" in files else None
-    else:
-        head = pack(files.take("lm_head.weight", table), "lm_head.weight")
+    cosine, sine = config.rotary_tables(max_positions)
+    head_norm = config.head_dim if config.qk_norm else 0
+    weights = ModelWeights(
+        embedding=embedding,
+        layers=LayerWeights(
+            input_norm=norms("input_layernorm", config.hidden_size),
+            q_norm=norms("self_attn.q_norm", head_norm),
+            k_norm=norms("self_attn.k_norm", head_norm),
+            post_norm=norms("post_attention_layernorm", config.hidden_size),
+            **products,
+            **{f"{fused}_bias": biases(modules) for fused, modules in _FUSED.items()},
+            **{f"{fused}_columns": columns(modules) for fused, modules in _FUSED.items()},
+            windows=torch.tensor(config.windows),
+            norm_eps=config.norm_eps,
+            cosine=cosine.to(device),
+            sine=sine.to(device),
+        ),
+        norm=files.take("model.norm.weight", (config.hidden_size,)).float().to(device),
+        head=embedding if config.tied else table("lm_head.weight"),
+    )
+    if config.tied and "lm_head.weight" in files:  # a copy of the embedding
+        files.take("lm_head.weight", (config.vocab_size, config.hidden_size))
     unused = list(files.unused())
     if unused:
         raise UnsupportedModelError(
             f"{folder}: {len(unused)} tensors are not understood, such as {', '.join(unused[:5])}"
         )
-    return ModelWeights(embedding, layers, norm, head)
+    return weights
 
 
 def _cast(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:

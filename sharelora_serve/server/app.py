@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from sharelora_serve import __version__
 from sharelora_serve.config import ServeConfig
 from sharelora_serve.engine.engine import Engine
-from sharelora_serve.errors import ServeError
+from sharelora_serve.errors import EngineStoppedError, ServeError
 from sharelora_serve.server.codec import TextCodec
 from sharelora_serve.server.errors import answer_http_error, answer_serve_error
 from sharelora_serve.server.generation import GenerationContext
@@ -36,8 +36,10 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
             mailbox=Mailbox(asyncio.get_running_loop()),
             metrics=Metrics(engine),
         )
-        await asyncio.to_thread(engine.start)
         try:
+            await asyncio.to_thread(engine.start)
+            if not engine.is_ready:
+                raise EngineStoppedError("the engine failed while it warmed up; its log says why")
             yield
         finally:
             await asyncio.to_thread(engine.stop)

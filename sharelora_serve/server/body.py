@@ -4,6 +4,7 @@ import asyncio
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 from pydantic import ValidationError
@@ -15,7 +16,8 @@ from sharelora_serve.server.errors import BodyError, Problem, shortened
 DISCARDED_BYTES = 64 * 1024**2
 DISCARD_SECONDS = 5.0
 
-
+MAX_FIELDS = 2_000
+"""Fields of one JSON object; the largest there is a use for is a logit_bias."""
 MAX_NAME_LENGTH = 100
 """Characters of a field's name that a message repeats."""
 
@@ -35,47 +37,42 @@ Model = TypeVar("Model", bound=CheckedModel)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body; RequestTooLargeError as soon as it is known to exceed `max_bytes`."""
-    too_large = RequestTooLargeError(
-        f"The body is larger than {max_bytes} bytes, the most this server accepts; "
-        "send less, or raise --max-request-bytes."
-    )
+    """The whole body; RequestTooLargeError if it exceeds `max_bytes`.
+
+    What exceeds it is read on for a while and not kept: a client that is still sending when the
+    connection closes sees a broken pipe, not the answer.
+    """
     declared = request.headers.get("content-length", "")
     is_too_large = declared.isdecimal() and int(declared) > max_bytes
-    body = bytearray()
-    if not is_too_large:
-        async for piece in request.stream():
-            body += piece
-            if len(body) > max_bytes:
-                is_too_large = True
-                break
+    body, num_bytes = bytearray(), 0
+    with suppress(TimeoutError):
+        async with asyncio.timeout(DISCARD_SECONDS if is_too_large else None) as patience:
+            async for piece in request.stream():
+                num_bytes += len(piece)
+                if num_bytes > max_bytes and not is_too_large:
+                    is_too_large = True
+                    patience.reschedule(asyncio.get_running_loop().time() + DISCARD_SECONDS)
+                if not is_too_large:
+                    body += piece
+                elif num_bytes > max_bytes + DISCARDED_BYTES:
+                    break
     if is_too_large:
-        await _discard(request)
-        raise too_large
+        raise RequestTooLargeError(
+            f"The body is larger than {max_bytes} bytes, the most this server accepts; "
+            "send less, or raise --max-request-bytes."
+        )
     return bytes(body)
 
 
-async def _discard(request: Request) -> None:
-    """Read on for a while and keep nothing.
-
-    A client that is still sending when the connection closes sees a broken pipe, not the answer.
-    """
-    num_bytes = 0
-    try:
-        async with asyncio.timeout(DISCARD_SECONDS):
-            while num_bytes <= DISCARDED_BYTES:
-                message = await request.receive()
-                num_bytes += len(message.get("body", b""))
-                if not message.get("more_body", False):
-                    return
-    except TimeoutError:
-        return
-
-
 def parse_json(body: bytes) -> dict[str, Any]:
-    """The JSON object in `body`. Raises BodyError for anything else, NaN and Infinity included."""
+    """The JSON object in `body`.
+
+    Raises BodyError for anything else; for NaN, Infinity and a field given twice as well.
+    """
     try:
-        content = json.loads(body.decode("utf-8"), parse_constant=_refuse_constant)
+        content = json.loads(
+            body.decode("utf-8"), parse_constant=_refuse_constant, object_pairs_hook=_fields
+        )
     except UnicodeDecodeError as error:
         raise _invalid_json(f"is not UTF-8: {error.reason} at byte {error.start}") from None
     except (ValueError, RecursionError) as error:
@@ -89,6 +86,18 @@ def parse_json(body: bytes) -> dict[str, Any]:
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not a JSON number")
+
+
+def _fields(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, of which Python's parser would keep the last of fields of one name."""
+    if len(pairs) > MAX_FIELDS:
+        raise ValueError(f"an object has {len(pairs)} fields, more than {MAX_FIELDS}")
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        twice = next(name for name in names if names.count(name) > 1)
+        raise ValueError(f"the field {shortened(twice)} is there twice")
+    return fields
 
 
 def _invalid_json(reason: str) -> BodyError:
@@ -112,7 +121,7 @@ OWN_CODES = frozenset({"unsupported_parameter", "unsupported_value", "invalid_ty
 
 def _problem(item: Any) -> Problem:  # noqa: ANN401 - pydantic's ErrorDetails
     """One of pydantic's findings in OpenAI's words."""
-    kind, param = item["type"], _path(item["loc"])
+    kind, param = item["type"], _path(item["loc"]) or None
     if kind == "missing":
         return Problem(param, "missing_required_parameter", "must be given")
     if kind == "extra_forbidden":
@@ -120,7 +129,7 @@ def _problem(item: Any) -> Problem:  # noqa: ANN401 - pydantic's ErrorDetails
         return Problem(param, "unknown_parameter", message)
     if kind in OWN_CODES:
         return Problem(param, kind, item["msg"])
-    message = re.sub(r"^(Value error, |\w+ (?=should ))", "", item["msg"])
+    message = re.sub(r"^(Value error, |\w+ (?=should ))| after validation", "", item["msg"])
     if kind in ("model_type", "dict_type"):
         message = "should be an object"
     if ", not" not in message:  # those of length give the length

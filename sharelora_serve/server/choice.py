@@ -95,7 +95,7 @@ class Choice:
         if self.finish_reason is not None:
             return  # tokens computed before the engine heard that a stop string was found
         self.num_cached_tokens = max(self.num_cached_tokens, output.num_cached_tokens)
-        if self._is_echoed and output.prompt_logprobs is not None:
+        if self._is_echoed and output.prompt_logprobs is not None and self.num_tokens == 0:
             self._place_prompt(output.prompt_logprobs)
         if output.token_ids:
             self.last_token_at = time.monotonic()

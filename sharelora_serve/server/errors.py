@@ -15,6 +15,9 @@ INTERNAL_MESSAGE = (
     "and give the x-request-id header of this answer when you report it."
 )
 
+MAX_PROBLEMS = 20
+"""Problems that one message lists; a client's bug may be in each of a thousand values."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -35,14 +38,16 @@ class Problem:
 
 
 class BodyError(InvalidRequestError):
-    """One or more fields of a request's body are refused; the message names every one of them.
+    """One or more fields of a request's body are refused; the message names MAX_PROBLEMS of them.
 
     `param` and `code` are the first problem's, since OpenAI's shape has room for one.
     """
 
     def __init__(self, problems: Sequence[Problem]) -> None:
         assert problems, "a refusal needs a reason"
-        message = "\n".join(str(problem) for problem in problems)
+        message = "\n".join(str(problem) for problem in problems[:MAX_PROBLEMS])
+        if len(problems) > MAX_PROBLEMS:
+            message += f"\nand {len(problems) - MAX_PROBLEMS} more"
         if len(problems) > 1:
             message = f"{len(problems)} problems in the request:\n{message}"
         super().__init__(message, param=problems[0].param)
@@ -81,9 +86,8 @@ def error_response(error: Exception) -> AsciiJSONResponse:
     return AsciiJSONResponse(error_content(error), status_code=status, headers=headers)
 
 
-async def answer_serve_error(request: Request, error: Exception) -> AsciiJSONResponse:
+async def answer_serve_error(_request: Request, error: Exception) -> AsciiJSONResponse:
     """Exception handler for ServeError and its kin."""
-    request.state.error_code = error.code if isinstance(error, ServeError) else ServeError.code
     return error_response(error)
 
 
@@ -98,7 +102,6 @@ async def answer_http_error(request: Request, error: Exception) -> AsciiJSONResp
         code, message = "method_not_allowed", f"{path} takes {allowed}, not {method}."
     else:
         code, message = "http_error", str(error.detail)
-    request.state.error_code = code
     content = {
         "error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}
     }

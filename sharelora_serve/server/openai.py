@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from sharelora_serve.adapters.adapter import AdapterVersion
 from sharelora_serve.config import ServeConfig
-from sharelora_serve.errors import ContextLengthError, InvalidRequestError
+from sharelora_serve.errors import ContextLengthError, InvalidRequestError, ServeError
 from sharelora_serve.server.ascii_json import AsciiJSONResponse
 from sharelora_serve.server.body import parse_body, read_body
 from sharelora_serve.server.choice import ChoiceOptions
@@ -69,12 +69,15 @@ class OpenAIRoutes:
         self, request: Request, model: type[GenerationFields], shape: type[Shape]
     ) -> Response:
         context: GenerationContext = request.app.state.context
-        body = parse_body(await read_body(request, self._config.max_request_bytes), model)
-        adapter = self._resolve(context, body.model)
-        if problems := list(body.tokens_out_of_range(context.engine.vocab_size)):
-            raise BodyError(problems)
-        # Tokenizing a long text takes a while, in which other streams go on.
-        prompts = await asyncio.to_thread(self._prompts, context, body)
+        try:
+            content = await read_body(request, self._config.max_request_bytes)
+            # Parsing and tokenizing a long body take a while, in which other streams go on.
+            body, adapter, prompts = await asyncio.to_thread(
+                self._understand, context, content, model
+            )
+        except ServeError:
+            context.metrics.requests.labels(outcome="refused").inc()
+            raise
         request.state.adapter_version = version_text(adapter)
         generation = Generation(
             context,
@@ -100,6 +103,20 @@ class OpenAIRoutes:
             includes_usage=body.includes_usage,
         )
         return GenerationResponse(generation, answer, streams=bool(body.stream))
+
+    def _understand(
+        self, context: GenerationContext, content: bytes, model: type[GenerationFields]
+    ) -> tuple[GenerationFields, AdapterVersion | None, list[Prompt]]:
+        """The request in a body, whom it is for and its prompts, or the error that refuses it."""
+        body = parse_body(content, model)
+        adapter = self._resolve(context, body.model)
+        problems = [
+            *body.too_many(self._config.max_queue),
+            *body.tokens_out_of_range(context.engine.vocab_size),
+        ]
+        if problems:
+            raise BodyError(problems)
+        return body, adapter, self._prompts(context, body)
 
     def _prompts(self, context: GenerationContext, body: GenerationFields) -> list[Prompt]:
         """Every prompt of the body as tokens, each with room for its answer."""
@@ -153,9 +170,9 @@ class OpenAIRoutes:
             wanted = room if is_chat else min(DEFAULT_COMPLETION_TOKENS, room)
         elif wanted > room:
             raise ContextLengthError(
-                f"max_tokens: {wanted} and the {len(token_ids)} tokens of {param} exceed the "
-                f"model's context of {limit} tokens; ask for at most {room}",
-                param="max_tokens",
+                f"{body.new_tokens_param}: {wanted} and the {len(token_ids)} tokens of {param} "
+                f"exceed the model's context of {limit} tokens; ask for at most {room}",
+                param=body.new_tokens_param,
             )
         return Prompt(token_ids, echo, wanted)
 

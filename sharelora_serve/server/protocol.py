@@ -9,7 +9,15 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    FailFast,
+    Field,
+    PlainValidator,
+)
 from pydantic_core import PydanticCustomError
 
 from sharelora_serve.engine.request import SamplingParams
@@ -17,6 +25,7 @@ from sharelora_serve.server.errors import Problem, shortened
 
 MAX_CHOICES = 128
 """Largest n, as OpenAI's."""
+MAX_MODEL_LENGTH = 1_000
 MAX_STOP_STRINGS = 16
 MAX_STOP_LENGTH = 1_000
 """Characters of one stop string; all of them are looked at for every token."""
@@ -135,7 +144,9 @@ class StreamOptions(_Fields):
 class GenerationFields(_Fields):
     """What both routes take. Ranges are OpenAI's, else vLLM's."""
 
-    model: Annotated[str, Field(min_length=1), AfterValidator(_encodable)]
+    model: Annotated[
+        str, Field(min_length=1, max_length=MAX_MODEL_LENGTH), AfterValidator(_encodable)
+    ]
     max_tokens: int | None = Field(None, ge=0)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
@@ -173,9 +184,19 @@ class GenerationFields(_Fields):
         return self.n or 1
 
     @property
+    def num_prompts(self) -> int:
+        """Prompts, each of which gets its own answers."""
+        return 1
+
+    @property
     def new_tokens(self) -> int | None:
         """The limit on new tokens that the client gave."""
         return self.max_tokens
+
+    @property
+    def new_tokens_param(self) -> str:
+        """The field that gave it."""
+        return "max_tokens"
 
     @property
     @abstractmethod
@@ -203,6 +224,16 @@ class GenerationFields(_Fields):
             if not (token.isascii() and token.isdecimal() and len(token) <= MAX_TOKEN_DIGITS):
                 message = f"keys should be token ids in decimal digits, not {shortened(token)}"
                 yield Problem("logit_bias", "invalid_value", message)
+
+    def too_many(self, most: int) -> Iterator[Problem]:
+        """The problem of more answers, over all prompts, than `most`."""
+        prompts, choices = self.num_prompts, self.num_choices
+        if prompts * choices > most:
+            message = (
+                f"{prompts} prompts with {choices} answers each are {prompts * choices}, but one "
+                f"request gets at most {most} answers (--max-queue); send several requests"
+            )
+            yield Problem("prompt" if prompts > most else "n", "invalid_value", message)
 
     def tokens_out_of_range(self, vocab_size: int) -> Iterator[Problem]:
         """Problems of token ids that the model does not have."""
@@ -259,6 +290,11 @@ class CompletionRequest(GenerationFields):
     response_format: TextOnly = None
 
     @property
+    def num_prompts(self) -> int:
+        """Prompts, each of which gets its own answers."""
+        return len(self.prompt)
+
+    @property
     def num_logprobs(self) -> int | None:
         """Alternatives per token; None for no logprobs at all."""
         return self.logprobs
@@ -291,7 +327,7 @@ class ChatMessage(_Fields):
 
     role: Annotated[str, PlainValidator(_message_role)]
     content: Annotated[str, PlainValidator(_message_text)]
-    name: str | None = None
+    name: Annotated[str, AfterValidator(_encodable)] | None = None
     refusal: Unsupported = None
     annotations: Unsupported = None
     audio: Unsupported = None
@@ -302,7 +338,8 @@ class ChatMessage(_Fields):
 class ChatCompletionRequest(GenerationFields):
     """The body of /v1/chat/completions."""
 
-    messages: list[ChatMessage] = Field(min_length=1)
+    # One wrong message is enough: a body has room for a million of them.
+    messages: Annotated[list[ChatMessage], FailFast(), Field(min_length=1)]
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
@@ -322,6 +359,11 @@ class ChatCompletionRequest(GenerationFields):
         """The limit on new tokens that the client gave, under OpenAI's newer name or the older."""
         newer = self.max_completion_tokens
         return self.max_tokens if newer is None else newer
+
+    @property
+    def new_tokens_param(self) -> str:
+        """The field that gave it."""
+        return "max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"
 
     @property
     def num_logprobs(self) -> int | None:

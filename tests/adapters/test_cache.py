@@ -220,6 +220,22 @@ def test_nobody_is_evicted_while_running_and_room_comes_with_a_release(narrow: S
     assert cache.stats().device_evictions == 1
 
 
+def test_adapter_stays_until_the_last_of_those_who_use_it_releases_it(narrow: Shelf) -> None:
+    cache = narrow.cache
+    shared, other = narrow.publish("one", ONE), narrow.publish("two", TWO)
+    tables = [narrow.load(version) for version in (shared, shared, other)]
+    cache.release(shared)
+    cache.cancel(shared)  # of a third, which waited for the load and went away
+    waiting = narrow.publish("three", THREE)
+    cache.acquire(waiting)
+    narrow.wait_for_loads()
+    assert cache.acquire(waiting) is Waiting.NO_ROOM
+    narrow.assert_reads_back(tables[1], ONE)
+    cache.release(shared)
+    narrow.load(waiting)
+    narrow.assert_reads_back(tables[2], TWO)
+
+
 def test_what_is_loaded_for_one_who_waits_is_kept_until_it_comes_or_cancels(
     narrow: Shelf,
 ) -> None:

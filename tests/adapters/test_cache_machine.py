@@ -19,15 +19,15 @@ from sharelora_serve.adapters.cache import Waiting
 from tests.adapters.shelves import Content, Shelf
 
 NAMES = ("red", "green", "blue")
-CONTENTS = (
-    Content(1, rank=8, a_seed=1),
-    Content(2, rank=8, a_seed=1),  # the same A as the first
-    Content(3, rank=20),
-    Content(4, rank=11, modules=("self_attn.q_proj", "mlp.up_proj")),
-    Content(5, rank=4, modules=("self_attn.v_proj",)),
-    Content(6, rank=16, modules=("mlp.gate_proj", "mlp.down_proj")),  # alone it nearly fills it
+CONTENTS = (  # with the 1024-byte chunks that each takes when it is alone
+    Content(1, rank=16, a_seed=1),  # 3
+    Content(2, rank=16, a_seed=1),  # 3, of the same A as the first
+    Content(3, rank=20),  # 6
+    Content(4, rank=11, modules=("self_attn.q_proj", "mlp.up_proj")),  # 10
+    Content(5, rank=4, modules=("self_attn.v_proj",)),  # 2
+    Content(6, rank=16, modules=("mlp.gate_proj", "mlp.down_proj")),  # 12
 )
-POOL_BYTES = 1 << 14
+POOL_BYTES = 13 * 1024  # page 0 and 12 chunks, so that few can be there together
 
 
 @dataclass(slots=True, eq=False)
@@ -70,23 +70,19 @@ class CacheMachine(RuleBasedStateMachine):
         del self.published[name]
 
     @precondition(lambda self: self.published)
-    @rule(data=st.data(), starts=st.booleans())
-    def arrive(self, data: st.DataObject, starts: bool) -> None:
+    @rule(data=st.data(), num_requests=st.integers(1, 2), patient=st.booleans())
+    def arrive(self, data: st.DataObject, num_requests: int, patient: bool) -> None:
         name = data.draw(st.sampled_from(sorted(self.published)))
-        request = _Request(self.cache.resolve(name), self.published[name][1])
-        self.cache.bind(request.version)
-        self.requests.append(request)
-        if starts:
-            self.ask(request)
+        for _ in range(num_requests):
+            request = _Request(self.cache.resolve(name), self.published[name][1])
+            self.cache.bind(request.version)
+            self.requests.append(request)
+            self.ask(request, patient)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data(), patient=st.booleans())
     def use(self, data: st.DataObject, patient: bool) -> None:
-        request = self.draw_request(data)
-        self.ask(request)
-        if patient:
-            self.shelf.wait_for_loads()
-            self.ask(request)
+        self.ask(self.draw_request(data), patient)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
@@ -129,11 +125,15 @@ class CacheMachine(RuleBasedStateMachine):
         """Any, since which of them run depends on threads, and what is drawn must not."""
         return self.requests[data.draw(st.integers(0, len(self.requests) - 1))]
 
-    def ask(self, request: _Request) -> None:
-        if request.table is None:
-            answer = self.cache.acquire(request.version)
-            if not isinstance(answer, Waiting):
-                request.table = answer
+    def ask(self, request: _Request, patient: bool = False) -> None:
+        """Acquire once; a patient one comes again after its load."""
+        for _ in range(1 + patient):
+            if request.table is None:
+                answer = self.cache.acquire(request.version)
+                if not isinstance(answer, Waiting):
+                    request.table = answer
+                elif patient:
+                    self.shelf.wait_for_loads()
 
     def finish(self, request: _Request) -> None:
         self.requests.remove(request)

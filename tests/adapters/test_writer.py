@@ -1,6 +1,8 @@
 """What is written reads back as the same adapter, here and in PEFT."""
 
 import json
+import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -204,6 +206,20 @@ def test_writing_that_fails_leaves_nothing_behind(write: Write, tmp_path: Path, 
     with pytest.raises(AdapterInvalidError, match="lora_alpha"):
         write(adapter, LAYOUT, tmp_path / "deep" / "acme")
     assert list((tmp_path / "deep").iterdir()) == []
+
+
+def test_scales_beside_a_rounding_bound_of_float32_keep_their_digest(
+    tmp_path: Path, seed: int
+) -> None:
+    generator = random.Random(seed)
+    for number in range(30):
+        single = torch.tensor(generator.uniform(0.1, 9.0))
+        bound = (single.item() + single.nextafter(torch.tensor(99.0)).item()) / 2
+        scaling = math.nextafter(bound, generator.choice([0.0, 99.0]))
+        rank = generator.randint(1, 100)
+        adapter = random_adapter(seed, rank=rank, scaling=scaling, modules=MODULES[1:2])
+        write_peft(adapter, LAYOUT, tmp_path / str(number))
+        assert read(tmp_path / str(number)).digest == adapter.digest
 
 
 def test_others_may_read_what_was_written(tmp_path: Path, seed: int) -> None:

@@ -5,7 +5,7 @@ Whatever the kernels are told about a batch is put together here and nowhere els
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -16,7 +16,6 @@ from sharelora_serve.adapters.layout import MODULES, BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK
 from sharelora_serve.adapters.pool import MatrixPool
 from sharelora_serve.kernels.batch import BLOCK_SIZE, AdapterBatch, AttentionBatch
-from sharelora_serve.kernels.interface import Kernels
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """What weights, factors, keys and values are stored in."""
@@ -151,25 +150,26 @@ class Tenants:
             arena=self.pool.arena,
         )
 
-    def modules(self, layer: int, fused: str) -> Tensor:
-        """The (entry, first column, columns) of a fused product's modules."""
-        rows, column = [], 0
-        for module in FUSED[fused]:
-            out_features = self.layout.shapes[module][1]
-            rows.append((self.layout.entry(layer, module), column, out_features))
-            column += out_features
-        return torch.tensor(rows, dtype=torch.int64)
+    def place(self, layer: int, fused: str) -> tuple[int, Tensor]:
+        """The entry of a product's first module, and the columns at which each begins."""
+        widths = [self.layout.shapes[module][1] for module in FUSED[fused]]
+        return self.layout.entry(layer, FUSED[fused][0]), torch.tensor([0, *accumulate(widths)])
 
-    def widths(self, fused: str) -> tuple[int, int]:
-        """Inputs and outputs of a fused product, without padding."""
-        shapes = [self.layout.shapes[module] for module in FUSED[fused]]
-        return shapes[0][0], sum(out_features for _, out_features in shapes)
+    def draw_weight(self, fused: str, generator: torch.Generator, *, exact: bool = True) -> Tensor:
+        """The base's weight of a product, (out_features, in_features) in the pool's dtype."""
+        in_features = self.layout.shapes[FUSED[fused][0]][0]
+        out_features = sum(self.layout.shapes[module][1] for module in FUSED[fused])
+        if exact:
+            weight = small_integers(out_features, in_features, generator=generator)
+        else:
+            weight = torch.randn(out_features, in_features, generator=generator)
+        return weight.to(self.pool.dtype)
 
     def expected(
-        self, x: Tensor, out: Tensor, owners: Sequence[int], layer: int, fused: str
+        self, x: Tensor, weight: Tensor, owners: Sequence[int], layer: int, fused: str
     ) -> Tensor:
-        """The definition: row by row, out[t] + s * B (A x[t]) from the factors themselves."""
-        result = out.clone()
+        """The definition: row by row, W x[t] + s * B (A x[t]) from the factors themselves."""
+        result = x @ weight.float().T
         for t, owner in enumerate(owners):
             column = 0
             for module in FUSED[fused]:
@@ -205,13 +205,6 @@ def draw_tenants(
         if index % 2:
             pool.release(passing.pop(0))
     return Tenants(layout, pool, adapters, tables)
-
-
-def make_kv_cache(
-    kernels: Kernels, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
-) -> tuple[Any, Any]:
-    """One layer's empty cache, as these kernels lay it out."""
-    return kernels.make_kv_cache(num_blocks, num_kv_heads, head_dim, dtype, torch.device("cpu"))
 
 
 def attention_batch(

@@ -10,19 +10,15 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.kernels.batch import BLOCK_SIZE
-from sharelora_serve.kernels.cpu import CpuKernels
-from sharelora_serve.kernels.interface import Kernels
-from sharelora_serve.kernels.reference import ReferenceKernels
 from tests.kernels.batches import (
     DTYPES,
     attention_batch,
     draw_block_tables,
-    make_kv_cache,
     same_bits,
     small_integers,
 )
+from tests.kernels.parts import PARTS, Parts, empty_kv_cache
 
-KERNELS: dict[str, Kernels] = {"cpu": CpuKernels(), "reference": ReferenceKernels()}
 EPS = 1e-5
 MAX_POSITIONS = 160
 NUM_BLOCKS = 40
@@ -51,12 +47,12 @@ class Sequences:
     k_norm: Tensor
     window: int = 0
 
-    def cache(self, kernels: Kernels, dtype: torch.dtype) -> tuple[Any, Any]:
-        return make_kv_cache(kernels, NUM_BLOCKS, self.num_kv_heads, self.head_dim, dtype)
+    def cache(self, parts: Parts, dtype: torch.dtype) -> tuple[Any, Any]:
+        return empty_kv_cache(parts, NUM_BLOCKS, self.num_kv_heads, self.head_dim, dtype)
 
     def step(
         self,
-        kernels: Kernels,
+        parts: Parts,
         cache: tuple[Any, Any],
         runs: Sequence[tuple[int, int, int]],
         *,
@@ -73,7 +69,7 @@ class Sequences:
             (start, count, self.blocks[s][: -(-(start + count) // BLOCK_SIZE)])
             for s, start, count in runs
         ]
-        kernels.attend(
+        parts.attend(
             qkv,
             self.q_norm,
             self.k_norm,
@@ -98,14 +94,12 @@ class Sequences:
             k = k / (k.square().mean(-1, keepdim=True) + EPS).sqrt() * self.k_norm.double()
         q, k = rotated(q), rotated(k).to(dtype).double()
         v = v.to(dtype).double()
-        out = torch.empty(length, heads, dim, dtype=torch.float64)
-        for t in range(length):
-            first = max(0, t + 1 - self.window) if self.window else 0
-            for head in range(heads):
-                own = head // (heads // kv_heads)
-                scores = k[first : t + 1, own] @ q[t, head] / math.sqrt(dim)
-                out[t, head] = scores.softmax(0) @ v[first : t + 1, own]
-        return out.flatten(1).float()
+        k, v = (part.repeat_interleave(heads // kv_heads, dim=1) for part in (k, v))
+        scores = torch.einsum("thd,shd->hts", q, k) / math.sqrt(dim)
+        distance = torch.arange(length).unsqueeze(1) - torch.arange(length)
+        is_hidden = (distance < 0) | (distance >= (self.window or length))
+        weights = scores.masked_fill(is_hidden, -math.inf).softmax(-1)
+        return torch.einsum("hts,shd->thd", weights, v).flatten(1).float()
 
 
 def rotary_tables(head_dim: int) -> tuple[Tensor, Tensor]:
@@ -143,12 +137,12 @@ def draw_sequences(
     )
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("has_norm", "window"), [(False, 0), (True, 0), (False, 21), (True, 1)])
 def test_prefill_chunks_and_decodes_together_attend_as_defined(
-    kernels: str,
+    parts: str,
     dtype: torch.dtype,
     form: tuple[int, int, int],
     has_norm: bool,
@@ -159,7 +153,7 @@ def test_prefill_chunks_and_decodes_together_attend_as_defined(
     lengths = [1, 70, 17, 33, 90]
     sequences = draw_sequences(form, lengths, generator, has_norm=has_norm, window=window)
     expected = [sequences.expected(s, dtype) for s in range(len(lengths))]
-    cache = sequences.cache(KERNELS[kernels], dtype)
+    cache = sequences.cache(PARTS[parts], dtype)
     steps = [  # decodes, chunks that begin and end inside of blocks, and sequences that pause
         [(1, 0, 37), (3, 0, 32)],
         [(3, 32, 1), (1, 37, 20), (2, 0, 16), (4, 0, 5)],
@@ -167,7 +161,7 @@ def test_prefill_chunks_and_decodes_together_attend_as_defined(
         [(4, 89, 1), (1, 57, 13)],
     ]
     for runs in steps:
-        out = sequences.step(KERNELS[kernels], cache, runs)
+        out = sequences.step(PARTS[parts], cache, runs)
         wanted = torch.cat([expected[s][start : start + count] for s, start, count in runs])
         scale = wanted.abs().clamp(min=1)
         assert (out - wanted).abs().div(scale).max() < _tolerance(dtype), runs
@@ -190,18 +184,17 @@ def test_fast_kernel_and_reference_agree_when_they_store_the_same(
         qkv[1:, heads * dim : (heads + kv_heads) * dim] = 0
     runs = [(0, 0, 50), (1, 0, 20), (2, 0, 1)]
     fast, plain = (
-        sequences.step(kernels, sequences.cache(kernels, dtype), runs)
-        for kernels in KERNELS.values()
+        sequences.step(parts, sequences.cache(parts, dtype), runs) for parts in PARTS.values()
     )
     assert (fast - plain).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("window", [0, 1, 8, 32])
 def test_equal_scores_give_the_exact_mean_of_the_visible_values(
-    kernels: str, dtype: torch.dtype, form: tuple[int, int, int], window: int, seed: int
+    parts: str, dtype: torch.dtype, form: tuple[int, int, int], window: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     heads, kv_heads, dim = form
@@ -209,8 +202,8 @@ def test_equal_scores_give_the_exact_mean_of_the_visible_values(
     for qkv in sequences.qkv:
         qkv[:, : heads * dim] = 0
         qkv[:, -kv_heads * dim :] = small_integers(len(qkv), kv_heads * dim, generator=generator)
-    cache = sequences.cache(KERNELS[kernels], dtype)
-    out = sequences.step(KERNELS[kernels], cache, [(0, 0, 64), (1, 0, 33)])
+    cache = sequences.cache(PARTS[parts], dtype)
+    out = sequences.step(PARTS[parts], cache, [(0, 0, 64), (1, 0, 33)])
     for row, (s, t) in enumerate([(0, t) for t in range(64)] + [(1, t) for t in range(33)]):
         count = min(t + 1, window or t + 1)
         if count & (count - 1):
@@ -221,11 +214,9 @@ def test_equal_scores_give_the_exact_mean_of_the_visible_values(
         assert torch.equal(out[row], expected), f"position {t} of sequence {s}"
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_values_are_stored_as_torch_rounds_them(
-    kernels: str, dtype: torch.dtype, seed: int
-) -> None:
+def test_values_are_stored_as_torch_rounds_them(parts: str, dtype: torch.dtype, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sequences = draw_sequences((1, 1, 80), [1] * 30, generator)
     near = torch.randn(30, 80, generator=generator).to(dtype)
@@ -234,7 +225,7 @@ def test_values_are_stored_as_torch_rounds_them(
     for qkv, value in zip(sequences.qkv, above * scale, strict=True):
         qkv[:, -80:] = value
     runs = [(s, 0, 1) for s in range(30)]
-    out = sequences.step(KERNELS[kernels], sequences.cache(KERNELS[kernels], dtype), runs)
+    out = sequences.step(PARTS[parts], sequences.cache(PARTS[parts], dtype), runs)
     assert torch.equal(out, (above * scale).to(dtype).float())
 
 
@@ -245,16 +236,16 @@ def test_row_has_the_same_bits_however_its_sequence_is_cut_into_steps(
     dtype: torch.dtype, form: tuple[int, int, int], has_norm: bool, window: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    cpu = KERNELS["cpu"]
-    sequences = draw_sequences(form, [75, 60], generator, has_norm=has_norm, window=window)
-    whole = sequences.step(cpu, sequences.cache(cpu, dtype), [(0, 0, 75)])
-    for others, task_rows in ((False, 1), (False, 5), (True, 12), (True, 40)):
+    cpu = PARTS["cpu"]
+    sequences = draw_sequences(form, [45, 30], generator, has_norm=has_norm, window=window)
+    whole = sequences.step(cpu, sequences.cache(cpu, dtype), [(0, 0, 45)])
+    for others, task_rows in ((False, 3), (True, 12), (True, 40)):
         cache = sequences.cache(cpu, dtype)
         start = other_start = 0
-        while start < 75:
-            count = min(75 - start, int(torch.randint(1, 20, (), generator=generator)))
+        while start < 45:
+            count = min(45 - start, int(torch.randint(1, 20, (), generator=generator)))
             runs = [(0, start, count)]
-            if others and other_start < 60:
+            if others and other_start < 28:
                 runs = [(1, other_start, 4), *runs]
                 other_start += 4
             out = sequences.step(cpu, cache, runs, task_rows=task_rows)
@@ -262,11 +253,11 @@ def test_row_has_the_same_bits_however_its_sequence_is_cut_into_steps(
             start += count
 
 
-@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("left_over", [float("inf"), float("nan"), 6e4])
 def test_what_another_sequence_left_in_a_block_is_never_seen(
-    kernels: str, dtype: torch.dtype, left_over: float, seed: int
+    parts: str, dtype: torch.dtype, left_over: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     before = draw_sequences((4, 2, 24), [NUM_BLOCKS // 2 * BLOCK_SIZE // 4] * 2, generator)
@@ -276,19 +267,34 @@ def test_what_another_sequence_left_in_a_block_is_never_seen(
     before.blocks[0][:] = sequences.blocks[0] + before.blocks[0][len(sequences.blocks[0]) :]
     before.blocks[1][:] = sequences.blocks[1] + before.blocks[1][len(sequences.blocks[1]) :]
     steps = [[(0, 0, 5), (1, 0, 1)], [(1, 1, 1), (0, 5, 31)], [(0, 36, 1)]]
-    clean, used = (sequences.cache(KERNELS[kernels], dtype) for _ in range(2))
-    before.step(KERNELS[kernels], used, [(0, 0, 80), (1, 0, 80)])
+    clean, used = (sequences.cache(PARTS[parts], dtype) for _ in range(2))
+    before.step(PARTS[parts], used, [(0, 0, 80), (1, 0, 80)])
     for runs in steps:
-        out = sequences.step(KERNELS[kernels], clean, runs)
-        again = sequences.step(KERNELS[kernels], used, runs)
+        out = sequences.step(PARTS[parts], clean, runs)
+        again = sequences.step(PARTS[parts], used, runs)
         assert out.isfinite().all()
         assert same_bits(out, again), runs
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("broken", [float("inf"), float("nan"), 6e4])
+def test_sequence_whose_numbers_overflow_leaves_those_beside_it_as_they_are(
+    dtype: torch.dtype, broken: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cpu = PARTS["cpu"]
+    sequences = draw_sequences((4, 2, 24), [37, 20, 50], generator, has_norm=broken == 6e4)
+    alone = sequences.step(cpu, sequences.cache(cpu, dtype), [(0, 0, 37), (2, 0, 50)])
+    sequences.qkv[1].fill_(broken)
+    runs = [(0, 0, 37), (1, 0, 20), (2, 0, 50)]
+    beside = sequences.step(cpu, sequences.cache(cpu, dtype), runs)
+    assert same_bits(torch.cat([beside[:37], beside[57:]]), alone)
 
 
 def test_step_writes_to_no_block_but_its_own(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sequences = draw_sequences((4, 2, 16), [60, 30, 45], generator)
-    cpu = KERNELS["cpu"]
+    cpu = PARTS["cpu"]
     cache = sequences.cache(cpu, torch.float32)
     sequences.step(cpu, cache, [(0, 0, 59), (1, 0, 30)])
     before = [part.copy() for part in cache]

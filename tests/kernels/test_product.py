@@ -4,19 +4,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels.cpu import CpuKernels
-from sharelora_serve.kernels.interface import Kernels
-from sharelora_serve.kernels.reference import ReferenceKernels
 from sharelora_serve.kernels.vector import LANES
 from tests.kernels.batches import DTYPES, same_bits, small_integers
+from tests.kernels.parts import PARTS, Parts, packed
 
-CPU, REFERENCE = CpuKernels(), ReferenceKernels()
+CPU, REFERENCE = PARTS["cpu"], PARTS["reference"]
+NO_BIAS = torch.empty(0)
 
 
-def linear(kernels: Kernels, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def linear(parts: Parts, x: Tensor, weight: Tensor, bias: Tensor = NO_BIAS) -> Tensor:
     """x W^T + bias, through an output that was NaN."""
     out = torch.full((len(x), -(-len(weight) // LANES) * LANES), float("nan"))
-    kernels.linear(x, kernels.pack(weight), bias, out)
+    parts.linear(x, packed(parts, weight), bias, out)
     return out[:, : len(weight)]
 
 
@@ -30,10 +29,10 @@ def test_linear_of_small_integers_is_exact_for_every_number_of_rows(
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = small_integers(out_features, in_features, generator=generator).to(dtype)
-    bias = small_integers(out_features, generator=generator) if has_bias else None
-    for rows in range(1, 41):
+    bias = small_integers(out_features, generator=generator) if has_bias else NO_BIAS
+    for rows in (*range(1, 19), 23, 24, 25, 40):
         x = small_integers(rows, in_features, generator=generator)
-        expected = x @ weight.float().T + (0 if bias is None else bias)
+        expected = x @ weight.float().T + (bias if has_bias else 0)
         assert torch.equal(linear(CPU, x, weight, bias), expected), f"{rows} rows"
         assert torch.equal(linear(REFERENCE, x, weight, bias), expected), f"{rows} rows"
 
@@ -73,9 +72,9 @@ def test_embedding_is_the_weight_of_each_token(
     token_ids = torch.cat(
         [torch.arange(len(weight)), torch.randint(0, len(weight), (20,), generator=generator)]
     )
-    for kernels in (CPU, REFERENCE):
+    for parts in PARTS.values():
         out = torch.full((len(token_ids), shape[1]), float("nan"))
-        kernels.embed(kernels.pack(weight), token_ids, out)
+        parts.kernels.embed(packed(parts, weight), token_ids, out)
         assert torch.equal(out, weight[token_ids].float())
 
 
@@ -83,22 +82,25 @@ def test_embedding_is_the_weight_of_each_token(
 def test_every_number_of_a_half_type_is_read_as_torch_reads_it(dtype: torch.dtype) -> None:
     weight = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype).view(-1, 32)
     out = torch.full(weight.shape, float("nan"))
-    CPU.embed(CPU.pack(weight), torch.arange(len(weight)), out)
+    CPU.kernels.embed(packed(CPU, weight), torch.arange(len(weight)), out)
     expected = weight.float()
     assert torch.equal(out.isnan(), expected.isnan())
     kept = ~expected.isnan()
     assert same_bits(out[kept], expected[kept])
 
 
+@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_packing_keeps_no_tie_to_the_weight_it_was_given(dtype: torch.dtype, seed: int) -> None:
+def test_packed_weight_keeps_no_tie_to_the_one_it_was_given(
+    parts: str, dtype: torch.dtype, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     weight = small_integers(24, 32, generator=generator).to(dtype)
     strided = torch.full((24, 64), float("nan"), dtype=dtype)[:, ::2]
     strided.copy_(weight)
     x = small_integers(3, 32, generator=generator)
-    packed = CPU.pack(strided)
+    stored = packed(PARTS[parts], strided)
     strided.fill_(float("nan"))
     out = torch.full((3, 32), float("nan"))
-    CPU.linear(x, packed, None, out)
+    PARTS[parts].kernels.linear(x, stored, out)
     assert torch.equal(out[:, :24], x @ weight.float().T)

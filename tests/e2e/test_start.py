@@ -1,0 +1,95 @@
+"""Settings with which no server can start: one message, exit code 2."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from sharelora_serve.models.config import ARCHITECTURES
+from tests.e2e.adapter_folders import NAMES
+from tests.e2e.server_process import run_to_its_end, running_server
+
+
+def refusal(*arguments: str) -> str:
+    ended = run_to_its_end(*arguments)
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr
+    (message,) = [line for line in ended.stderr.splitlines() if line.startswith("Error: ")]
+    return message + ended.stderr.partition(message)[2]
+
+
+def changed_model(model_folder: Path, folder: Path, **changes: object) -> Path:
+    """A copy of a model's folder with another config.json."""
+    shutil.copytree(model_folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | changes))
+    return folder
+
+
+def test_a_model_folder_that_is_not_there() -> None:
+    message = refusal("--model", "./no/such/folder")
+    assert "'./no/such/folder'" in message
+
+
+def test_a_folder_without_a_model(tmp_path: Path) -> None:
+    assert "config.json" in refusal("--model", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "architecture"), [("gpt2", "GPT2LMHeadModel"), ("bert", "BertForMaskedLM")]
+)
+def test_an_architecture_that_is_not_supported_is_named_with_those_that_are(
+    model_type: str, architecture: str, model_folder: Path, tmp_path: Path
+) -> None:
+    folder = changed_model(
+        model_folder, tmp_path / "model", model_type=model_type, architectures=[architecture]
+    )
+    message = refusal("--model", str(folder))
+    for name in (architecture, *ARCHITECTURES):
+        assert name in message
+
+
+def test_a_port_in_use(model_folder: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        message = refusal("--model", str(model_folder), "--port", port)
+    assert port in message
+    assert "in use" in message
+
+
+def test_a_merge_of_an_adapter_that_is_not_there(model_folder: Path, adapters_folder: Path) -> None:
+    message = refusal(
+        "--model", str(model_folder), "--adapters", str(adapters_folder), "--merge", "nobody"
+    )
+    for name in ("'nobody'", *NAMES):
+        assert name in message
+
+
+def test_every_wrong_setting_is_named_with_its_value(tmp_path: Path) -> None:
+    message = refusal(
+        *("--adapters", str(tmp_path / "missing"), "--max-queue", "0", "--kv-memory", "much")
+    )
+    for part in ("3 wrong settings", "missing", "max_queue = 0", "kv_memory = much"):
+        assert part in message
+
+
+def test_a_context_beyond_the_models_own(model_folder: Path) -> None:
+    message = refusal("--model", str(model_folder), "--max-model-len", "4096")
+    for part in ("4096", "512"):
+        assert part in message
+
+
+def test_a_bad_adapter_is_told_and_the_others_are_served(
+    model_folder: Path, adapters_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters [of] many"
+    shutil.copytree(adapters_folder, folder)
+    (folder / NAMES[0] / "adapter_config.json").write_text("{")
+    arguments = ("--model", str(model_folder), "--adapters", str(folder))
+    with running_server(tmp_path / "log", *arguments) as server, server.openai() as client:
+        served = [model.id for model in client.models.list().data]
+    assert served == [model_folder.name, *NAMES[1:]]
+    assert f"{folder / NAMES[0]} is not served" in server.log
+    assert f"the adapters in {folder} at http://" in server.log

@@ -1,0 +1,271 @@
+"""An engine stepped by hand: what happens between two steps is for the test to say."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import AutoTokenizer
+
+from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
+from sharelora_serve.adapters.cache import AdapterCache, Waiting
+from sharelora_serve.adapters.format import read_adapter
+from sharelora_serve.adapters.pool import MatrixPool
+from sharelora_serve.engine.engine import Engine
+from sharelora_serve.engine.kv_cache import KVCache
+from sharelora_serve.engine.merge import fold_adapter
+from sharelora_serve.engine.request import (
+    FinishReason,
+    Request,
+    RequestOutput,
+    SamplingParams,
+    TokenLogprobs,
+)
+from sharelora_serve.engine.runner import Runner
+from sharelora_serve.engine.sampler import Sampler
+from sharelora_serve.engine.scheduler import Scheduler
+from sharelora_serve.kernels.batch import BLOCK_SIZE
+from sharelora_serve.kernels.cpu import CpuKernels
+from sharelora_serve.models.config import load_model_config
+from sharelora_serve.models.decoder import Decoder
+from sharelora_serve.models.loader import load_weights
+
+MAX_BLOCKS = 64
+"""KV blocks that the model has; an engine may be given fewer."""
+
+MAX_BATCH_TOKENS = 128
+MAX_MODEL_LEN = 512
+CPU = torch.device("cpu")
+ROOMY_BYTES = 16 * 1024**2
+
+_NAN_BITS = {"float32": np.nan, "uint16": 0x7E00, "int16": 0x7FC0}  # as kernels.cpu stores types
+_PATIENCE_SECONDS = 60.0
+_MAX_STEPS = 5000
+
+
+@dataclass(slots=True)
+class Answer:
+    """All that one request was told."""
+
+    outputs: list[RequestOutput] = field(default_factory=list)
+
+    @property
+    def token_ids(self) -> list[int]:
+        return [token_id for output in self.outputs for token_id in output.token_ids]
+
+    @property
+    def steps(self) -> list[tuple[Any, ...]]:
+        """What each output says, without what depends on the company it was computed in."""
+        return [
+            (output.token_ids, output.logprobs, output.prompt_logprobs, output.finish_reason)
+            for output in self.outputs
+        ]
+
+    @property
+    def prompt_logprobs(self) -> list[list[TokenLogprobs | None]]:
+        """Those of every output that has some; a request is to be told once."""
+        given = [output.prompt_logprobs for output in self.outputs]
+        return [item for item in given if item is not None]
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return self.outputs[-1].finish_reason if self.outputs else None
+
+    @property
+    def error(self) -> Exception | None:
+        return self.outputs[-1].error if self.outputs else None
+
+
+class TinyModel:
+    """A base in memory, over which small engines are made; only one may have requests at a time.
+
+    merged  the adapter of adapters_folder that is folded into the weights; None for none
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        adapters_folder: Path,
+        dtype: torch.dtype,
+        *,
+        merged: str | None = None,
+        eos_token_ids: frozenset[int] = frozenset(),
+    ) -> None:
+        self.config = load_model_config(folder)
+        self.adapters_folder = adapters_folder
+        self.dtype = dtype
+        self.layout = self.config.layout("tiny")
+        self.eos_token_ids = eos_token_ids
+        self.sampler = Sampler(self.config.vocab_size, eos_token_ids, CPU)
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.merged = merged
+        fold = None
+        if merged is not None:
+            adapter = read_adapter(adapters_folder / merged, self.layout, name=merged)
+            fold = fold_adapter(adapter, dtype)
+        kernels = CpuKernels()
+        self.decoder = Decoder(
+            self.config,
+            load_weights(
+                folder, self.config, dtype, kernels, device=CPU, fold=fold, on_layer=_ignore
+            ),
+            kernels,
+            dtype=dtype,
+            device=CPU,
+            kv_blocks=MAX_BLOCKS + 1,
+            max_tokens=MAX_BATCH_TOKENS,
+            max_positions=MAX_MODEL_LEN,
+        )
+
+    @contextmanager
+    def engine(
+        self,
+        names: list[str],
+        *,
+        num_blocks: int = MAX_BLOCKS,
+        adapter_bytes: int = ROOMY_BYTES,
+        host_bytes: int = ROOMY_BYTES,
+        max_running: int = 32,
+        max_batch_tokens: int = MAX_BATCH_TOKENS,
+        prefill_chunk: int = 32,
+        max_queue: int = 1024,
+        prefix_caching: bool = True,
+    ) -> Iterator["SteppedEngine"]:
+        """An engine with these adapters; memory that it has not written is NaN."""
+        wake = threading.Event()
+        pool = MatrixPool(adapter_bytes, self.layout.feature_counts, self.dtype, CPU)
+        pool.arena[pool._allocator.num_reserved :] = torch.nan
+        for keys, values in self.decoder.kv_cache:
+            keys.fill(_NAN_BITS[str(keys.dtype)])
+            values.fill(_NAN_BITS[str(values.dtype)])
+        adapters = AdapterCache(self.layout, pool, host_bytes, on_change=wake.set)
+        try:
+            for name in names:
+                adapters.publish(name, self.adapters_folder / name)
+            kv_cache = KVCache(num_blocks + 1, BLOCK_SIZE, prefix_caching=prefix_caching)
+            merged = None
+            if self.merged is not None:
+                version = adapters.publish(self.merged, self.adapters_folder / self.merged)
+                merged = (version, _acquire(adapters, version, wake))
+            engine = Engine(
+                base_name="tiny",
+                tokenizer=self.tokenizer,
+                vocab_size=self.config.vocab_size,
+                eos_token_ids=self.eos_token_ids,
+                max_model_len=MAX_MODEL_LEN,
+                max_queue=max_queue,
+                adapters=adapters,
+                kv_cache=kv_cache,
+                kv_memory_bytes=0,
+                scheduler=Scheduler(
+                    kv_cache,
+                    adapters,
+                    max_running=max_running,
+                    max_batch_tokens=max_batch_tokens,
+                    prefill_chunk=prefill_chunk,
+                ),
+                runner=Runner(self.decoder, pool.arena, merged, CPU),
+                sampler=self.sampler,
+                prepare_thread=lambda: None,
+                wake=wake,
+            )
+            yield SteppedEngine(engine, pool, wake, num_held=int(merged is not None))
+        finally:
+            adapters.close()
+
+
+class SteppedEngine:
+    """An engine without its thread; adapters load between steps, so that runs repeat exactly."""
+
+    def __init__(
+        self, engine: Engine, pool: MatrixPool, wake: threading.Event, *, num_held: int
+    ) -> None:
+        self.engine = engine
+        self.pool = pool
+        self.answers: dict[str, Answer] = {}
+        self._wake = wake
+        self._num_held = num_held  # adapters that are never released: the merged one
+
+    def submit(
+        self, request_id: str, adapter: str | None, prompt_ids: list[int], **sampling: Any
+    ) -> Request:
+        """Queue a request; it is not seen before the next step."""
+        answer = self.answers[request_id] = Answer()
+        request = Request(
+            request_id=request_id,
+            adapter=None if adapter is None else self.engine.adapters.resolve(adapter),
+            prompt_ids=prompt_ids,
+            sampling=SamplingParams(**sampling),
+            arrived_at=time.monotonic(),
+            deliver=answer.outputs.append,
+        )
+        self.engine._inbox.append(request)
+        return request
+
+    def step(self) -> bool:
+        """What the engine's thread does in one turn, books checked; False if nothing could run."""
+        self.engine._take_inbox()
+        did_something = self.engine._step()
+        self._finish_loads()
+        scheduler = self.engine._scheduler
+        live = [entry.request for entry in scheduler._entries.values()]
+        self.engine._kv_cache.check_integrity(live)
+        return did_something
+
+    def drain(self) -> None:
+        """Step until every request has ended; AssertionError if the engine gets stuck."""
+        num_idle = 0
+        for _ in range(_MAX_STEPS):
+            did_something = self.step()
+            if not self.engine._scheduler.has_work and not self.engine._inbox:
+                return
+            # One turn without a batch asks for an adapter, the next finds it loaded.
+            num_idle = 0 if did_something else num_idle + 1
+            assert num_idle < 4, "nothing runs, nothing loads, and requests wait"
+        raise AssertionError("requests did not end")
+
+    def alone(
+        self, request_id: str, adapter: str | None, prompt_ids: list[int], **sampling: Any
+    ) -> Answer:
+        """The answer to one request with nothing else in the engine."""
+        self.submit(request_id, adapter, prompt_ids, **sampling)
+        self.drain()
+        return self.answers[request_id]
+
+    def check_that_nothing_is_held(self) -> None:
+        """With every request gone: no blocks, no adapters in use, no leftovers, sound books."""
+        engine = self.engine
+        engine._kv_cache.check_integrity([])
+        stats = engine.stats()
+        assert (stats.num_running, stats.num_waiting, stats.kv_blocks_used) == (0, 0, 0)
+        assert not engine._requests
+        assert not engine._prompt_logprobs
+        assert sum(entry.num_uses for entry in engine.adapters._entries.values()) == self._num_held
+        self.pool.check_integrity()
+
+    def _finish_loads(self) -> None:
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        while True:
+            self._wake.clear()
+            if not self.engine.adapters.stats().loads_in_progress:
+                return
+            assert time.monotonic() < deadline, "a load does not end"
+            self._wake.wait(1.0)
+
+
+def _acquire(adapters: AdapterCache, version: AdapterVersion, wake: threading.Event) -> PageTable:
+    while True:
+        wake.clear()
+        pages = adapters.acquire(version)
+        if not isinstance(pages, Waiting):
+            return pages
+        wake.wait(_PATIENCE_SECONDS)
+
+
+def _ignore(_: int) -> None:
+    """No progress bar."""

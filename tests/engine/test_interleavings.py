@@ -1,0 +1,214 @@
+"""Whatever else is in the engine, each request gets the very answer that it gets alone."""
+
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numba
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.engine.stepping import Answer, SteppedEngine, TinyModel
+from tests.golden.adapters import write_adapters
+from tests.golden.reference import load_reference
+from tests.tiny_models import write_tiny_model
+
+OWNERS = (None, "lora", "share-a", "share-ab", "common-a-1", "common-a-2", "attention-only")
+NAMES = [name for name in OWNERS if name is not None]
+MERGED = "share-qkv"
+
+# One token in 11 ends an answer, so that some end early.
+EOS_TOKEN_IDS = frozenset(range(5, 49152, 11))
+
+SAMPLINGS = MappingProxyType(
+    {
+        "greedy": {"temperature": 0.0, "ignore_eos": True},
+        "greedy with logprobs": {"temperature": 0.0, "ignore_eos": True, "logprobs": 2},
+        "greedy to an end token": {"temperature": 0.0},
+        "sampled": {"seed": 1},
+        "sampled hot": {"temperature": 2.5, "seed": 2, "min_p": 0.01, "ignore_eos": True},
+        "sampled without a seed": {"ignore_eos": True, "logprobs": 0},
+        "nucleus": {"top_p": 0.8, "top_k": 50, "seed": 3, "min_tokens": 3},
+        "penalised": {
+            "temperature": 0.7,
+            "repetition_penalty": 1.3,
+            "presence_penalty": 0.5,
+            "frequency_penalty": -0.4,
+            "logit_bias": {7: 4.0, 9: -50.0},
+            "seed": 4,
+        },
+        "stopped by token ids": {
+            "temperature": 0.0,
+            "ignore_eos": True,
+            "stop_token_ids": frozenset(range(0, 49152, 5)),
+        },
+        "echoed": {"temperature": 0.0, "ignore_eos": True, "logprobs": 1, "prompt_logprobs": 1},
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """A request: which prompt and how many of its tokens, and what is to come after them."""
+
+    owner: str | None
+    text: int
+    length: int
+    max_tokens: int
+    sampling: str
+
+
+@dataclass(frozen=True, slots=True)
+class Abort:
+    """Cancel the request that was submitted so many before the last."""
+
+    back: int
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """How tight the engine is; the least is what the largest request and adapter need."""
+
+    num_blocks: int
+    adapter_kib: int
+    host_kib: int
+    max_running: int
+    spare_batch_tokens: int
+    prefill_chunk: int
+    prefix_caching: bool
+
+
+ASKS = st.builds(
+    Ask,
+    owner=st.sampled_from(OWNERS),
+    text=st.integers(0, 1),
+    length=st.sampled_from([1, 2, 15, 16, 17, 31, 32, 33, 48, 50]),
+    max_tokens=st.integers(0, 14),
+    sampling=st.sampled_from(sorted(SAMPLINGS)),
+)
+EVENTS = st.one_of(ASKS, ASKS, st.builds(Abort, st.integers(0, 3)), st.integers(1, 4))
+ROOMS = st.builds(
+    Room,
+    num_blocks=st.integers(4, 12),
+    adapter_kib=st.sampled_from([512, 1024, 4096]),
+    host_kib=st.sampled_from([1, 300, 4096]),
+    max_running=st.integers(1, 8),
+    spare_batch_tokens=st.integers(0, 40),
+    prefill_chunk=st.integers(1, 20),
+    prefix_caching=st.booleans(),
+)
+
+
+class Alone:
+    """What a model answers to each request when nothing else is there, nor was before it."""
+
+    def __init__(self, model: TinyModel, engine: SteppedEngine, texts: list[list[int]]) -> None:
+        self.model = model
+        self.texts = texts
+        self._engine = engine
+        self._answers: dict[tuple[Ask, str], Answer] = {}
+
+    def submit(self, engine: SteppedEngine, ask: Ask, request_id: str) -> None:
+        prompt_ids = self.texts[ask.text][: ask.length]
+        sampling: dict[str, Any] = SAMPLINGS[ask.sampling]
+        engine.submit(request_id, ask.owner, prompt_ids, max_tokens=ask.max_tokens, **sampling)
+
+    def answer(self, ask: Ask, request_id: str) -> Answer:
+        """Without a seed the draws are those of the id, so it counts."""
+        key = ask, request_id if ask.sampling == "sampled without a seed" else ""
+        if key not in self._answers:
+            self.submit(self._engine, ask, request_id)
+            self._engine.drain()
+            self._answers[key] = self._engine.answers[request_id]
+        return self._answers[key]
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Batches are so small here that threads would mostly wait for each other."""
+    num_torch, num_numba = torch.get_num_threads(), numba.get_num_threads()
+    torch.set_num_threads(1)
+    numba.set_num_threads(1)
+    yield
+    torch.set_num_threads(num_torch)
+    numba.set_num_threads(num_numba)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[("float32", None), ("float16", None), ("float32", MERGED), ("bfloat16", None)],
+    ids=["float32", "float16", "float32-merged", "bfloat16"],
+)
+def alone(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, seed: int
+) -> Iterator[Alone]:
+    dtype, merged = request.param
+    folder: Path = tmp_path_factory.mktemp("tiny")
+    write_tiny_model(folder / "base", "llama3-rope", seed)
+    write_adapters(folder / "adapters", load_reference(folder / "base"), seed, strength=0.5)
+    model = TinyModel(
+        folder / "base",
+        folder / "adapters",
+        getattr(torch, dtype),
+        merged=merged,
+        eos_token_ids=EOS_TOKEN_IDS,
+    )
+    drawn = random.Random(seed)
+    first = [drawn.randrange(3, 49152) for _ in range(50)]
+    # The second begins as the first does, so that both share cached blocks.
+    second = first[:20] + [drawn.randrange(3, 49152) for _ in range(30)]
+    with model.engine(NAMES, prefix_caching=False) as engine, one_thread():
+        yield Alone(model, engine, [first, second])
+
+
+@settings(max_examples=40, deadline=None)
+@given(room=ROOMS, events=st.lists(EVENTS, min_size=3, max_size=24))
+def test_any_interleaving_gives_each_request_the_answer_it_gets_alone(
+    alone: Alone, room: Room, events: list[Ask | Abort | int]
+) -> None:
+    asks: dict[str, Ask] = {}
+    aborted_after: dict[str, int] = {}  # how many outputs had come by then
+    with alone.model.engine(
+        NAMES,
+        num_blocks=room.num_blocks,
+        adapter_bytes=room.adapter_kib * 1024,
+        host_bytes=room.host_kib * 1024,
+        max_running=room.max_running,
+        max_batch_tokens=room.max_running + room.spare_batch_tokens,
+        prefill_chunk=room.prefill_chunk,
+        prefix_caching=room.prefix_caching,
+    ) as engine:
+        for event in events:
+            if isinstance(event, Ask):
+                request_id = f"request-{len(asks)}"
+                asks[request_id] = event
+                alone.submit(engine, event, request_id)
+            elif isinstance(event, Abort):
+                if event.back < len(asks):
+                    request_id = list(asks)[-1 - event.back]
+                    engine.engine.abort(request_id)
+                    num_outputs = len(engine.answers[request_id].outputs)
+                    aborted_after.setdefault(request_id, num_outputs)
+            else:
+                for _ in range(event):
+                    engine.step()
+        engine.drain()
+        engine.check_that_nothing_is_held()
+        answers = engine.answers
+    for request_id, ask in asks.items():
+        found, expected = answers[request_id], alone.answer(ask, request_id)
+        if request_id in aborted_after:
+            num_told = aborted_after[request_id]
+            assert len(found.outputs) == num_told, "told something after its abort"
+        else:
+            num_told = len(expected.outputs)
+            assert found.finish_reason is not None
+        assert found.error is None
+        # Log probabilities too, to the last bit.
+        assert found.steps == expected.steps[:num_told]

@@ -1,0 +1,173 @@
+"""The kernels one by one: what `Kernels.layers` is made of, in the same words for each set."""
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from sharelora_serve.kernels import adapted, attention, elementwise, product
+from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
+from sharelora_serve.kernels.cpu import CpuKernels, stored
+from sharelora_serve.kernels.interface import Kernels
+from sharelora_serve.kernels.reference import ReferenceKernels
+
+_CPU = torch.device("cpu")
+
+
+class Parts(Protocol):
+    """A set of kernels, and those of its parts that have no method of their own in all sets."""
+
+    @property
+    def kernels(self) -> Kernels:
+        """Those that the model calls."""
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor, out: Tensor) -> None:
+        """out = x W^T + bias; an empty bias is none."""
+
+    def adapted_linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor,
+        out: Tensor,
+        batch: AdapterBatch,
+        entry: int,
+        columns: Tensor,
+    ) -> None:
+        """As linear, plus scaling * B A x of each row's own adapter; see add_adapters."""
+
+    def silu_and_multiply(self, gate_up: Tensor, out: Tensor) -> None:
+        """See ReferenceKernels."""
+
+    def attend(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        eps: float,
+        cosine: Tensor,
+        sine: Tensor,
+        batch: AttentionBatch,
+        window: int,
+        keys: Any,
+        values: Any,
+        out: Tensor,
+    ) -> None:
+        """See ReferenceKernels."""
+
+
+class ReferenceParts:
+    """Plain torch."""
+
+    def __init__(self) -> None:
+        self.kernels = ReferenceKernels()
+        self.silu_and_multiply = self.kernels.silu_and_multiply
+        self.attend = self.kernels.attend
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor, out: Tensor) -> None:
+        self.kernels.linear(x, weight, out)
+        out[:, : len(bias)] += bias
+
+    def adapted_linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor,
+        out: Tensor,
+        batch: AdapterBatch,
+        entry: int,
+        columns: Tensor,
+    ) -> None:
+        self.linear(x, weight, bias, out)
+        self.kernels.add_adapters(x, out, batch, entry, columns)
+
+
+class CpuParts:
+    """Compiled by numba."""
+
+    def __init__(self) -> None:
+        self.kernels = CpuKernels()
+
+    def linear(self, x: Tensor, weight: Any, bias: Tensor, out: Tensor) -> None:
+        product.product(x.numpy(), weight, bias.numpy(), out.numpy())
+
+    def adapted_linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor,
+        out: Tensor,
+        batch: AdapterBatch,
+        entry: int,
+        columns: Tensor,
+    ) -> None:
+        offsets = batch.offsets.numpy()
+        adapted.adapted_product(
+            x.numpy(),
+            weight,
+            bias.numpy(),
+            out.numpy(),
+            adapted.make_pieces(batch.row_adapter.numpy()),
+            offsets,
+            batch.a_pages.numpy(),
+            batch.b_pages.numpy(),
+            batch.scaling.numpy(),
+            stored(batch.arena),
+            adapted.count_most_pages(offsets),
+            entry,
+            columns.numpy(),
+        )
+
+    def silu_and_multiply(self, gate_up: Tensor, out: Tensor) -> None:
+        elementwise.silu_and_multiply(gate_up.numpy(), out.numpy())
+
+    def attend(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        eps: float,
+        cosine: Tensor,
+        sine: Tensor,
+        batch: AttentionBatch,
+        window: int,
+        keys: Any,
+        values: Any,
+        out: Tensor,
+    ) -> None:
+        attention.attend(
+            qkv.numpy(),
+            q_norm.numpy(),
+            k_norm.numpy(),
+            np.float32(eps),
+            cosine.numpy(),
+            sine.numpy(),
+            batch.positions.numpy(),
+            batch.row_sequence.numpy(),
+            batch.block_tables.numpy(),
+            batch.tasks.numpy(),
+            window,
+            keys,
+            values,
+            out.numpy(),
+        )
+
+
+PARTS: dict[str, Parts] = {"cpu": CpuParts(), "reference": ReferenceParts()}
+"""Every set of kernels that this machine can run, by name."""
+
+
+def packed(parts: Parts, weight: Tensor) -> Any:
+    """A weight as these kernels lay it out."""
+    room = parts.kernels.make_weights(1, *weight.shape, weight.dtype, _CPU)[0]
+    parts.kernels.pack(weight, room)
+    return room
+
+
+def empty_kv_cache(
+    parts: Parts, num_blocks: int, num_kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[Any, Any]:
+    """Keys and values of one layer, as these kernels lay them out."""
+    keys, values = parts.kernels.make_kv_cache(1, num_blocks, num_kv_heads, head_dim, dtype, _CPU)
+    return keys[0], values[0]
