@@ -227,15 +227,23 @@ class Engine:
 
     def _finish_step(self, batch: Batch, logits: Tensor, rows: list[slice]) -> None:
         """Count the batch as computed, sample, and deliver."""
+        failed: dict[Request, ServeError] = {}
         for item, its_rows in zip(batch.scheduled, rows, strict=True):
-            if item.request.sampling.prompt_logprobs is not None:
-                self._note_prompt(item, logits[its_rows])
+            request = item.request
+            # After the first output they have been told, and a preempted request comes here again.
+            if request.sampling.prompt_logprobs is not None and not request.output_ids:
+                try:
+                    self._note_prompt(item, logits[its_rows])
+                except ServeError as error:
+                    failed[request] = error
         sampled = [
             (item.request, its_rows.stop - 1)
             for item, its_rows in zip(batch.scheduled, rows, strict=True)
-            if item.needs_logits
+            if item.needs_logits and item.request not in failed
         ]
         self._scheduler.complete(batch)
+        for request, problem in failed.items():
+            self._append(request, problem)
         if not sampled:
             return
         if len(sampled) < len(logits):

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels.adapted import adapted_product, count_most_pages, make_pieces
+from sharelora_serve.kernels.adapted import add_adapters, make_pieces
 from sharelora_serve.kernels.attention import attend
 from sharelora_serve.kernels.batch import BLOCK_SIZE, AdapterBatch, AttentionBatch
 from sharelora_serve.kernels.elementwise import add_and_norm, embed, silu_and_multiply
@@ -77,44 +77,40 @@ def _layers(
     scaling: Any,
     arena: Any,
 ) -> None:
-    pieces, most_pages = make_pieces(row_adapter), count_most_pages(offsets)
+    pieces = make_pieces(row_adapter)
+    has_pieces = pieces.shape[0] > 0
     entry = 0
     for layer in range(windows.shape[0]):
         add_and_norm(x, delta, input_norm[layer], eps, normed)
-        if pieces.shape[0] == 0:
-            product(normed, w_qkv[layer], qkv_bias[layer], qkv)
-        else:
-            adapted_product(
-                normed, w_qkv[layer], qkv_bias[layer], qkv,
-                pieces, offsets, a_pages, b_pages, scaling, arena, most_pages, entry, qkv_columns,
-            )  # fmt: skip
+        product(normed, w_qkv[layer], qkv_bias[layer], qkv)
+        if has_pieces:
+            add_adapters(
+                normed, qkv, pieces, offsets, a_pages, b_pages, scaling, arena, entry, qkv_columns
+            )
         attend(
             qkv, q_norm[layer], k_norm[layer], eps, cosine, sine,
             positions, row_sequence, block_tables, tasks, windows[layer],
             keys[layer], values[layer], attended,
         )  # fmt: skip
-        if pieces.shape[0] == 0:
-            product(attended, w_o[layer], o_bias[layer], delta)
-        else:
-            adapted_product(
-                attended, w_o[layer], o_bias[layer], delta,
-                pieces, offsets, a_pages, b_pages, scaling, arena, most_pages, entry + 3, o_columns,
+        product(attended, w_o[layer], o_bias[layer], delta)
+        if has_pieces:
+            add_adapters(
+                attended, delta, pieces, offsets, a_pages, b_pages, scaling, arena,
+                entry + 3, o_columns,
             )  # fmt: skip
         add_and_norm(x, delta, post_norm[layer], eps, normed)
-        if pieces.shape[0] == 0:
-            product(normed, w_gate_up[layer], gate_up_bias[layer], gate_up)
-        else:
-            adapted_product(
-                normed, w_gate_up[layer], gate_up_bias[layer], gate_up, pieces, offsets,
-                a_pages, b_pages, scaling, arena, most_pages, entry + 4, gate_up_columns,
+        product(normed, w_gate_up[layer], gate_up_bias[layer], gate_up)
+        if has_pieces:
+            add_adapters(
+                normed, gate_up, pieces, offsets, a_pages, b_pages, scaling, arena,
+                entry + 4, gate_up_columns,
             )  # fmt: skip
         silu_and_multiply(gate_up, inner)
-        if pieces.shape[0] == 0:
-            product(inner, w_down[layer], down_bias[layer], delta)
-        else:
-            adapted_product(
-                inner, w_down[layer], down_bias[layer], delta, pieces, offsets,
-                a_pages, b_pages, scaling, arena, most_pages, entry + 6, down_columns,
+        product(inner, w_down[layer], down_bias[layer], delta)
+        if has_pieces:
+            add_adapters(
+                inner, delta, pieces, offsets, a_pages, b_pages, scaling, arena,
+                entry + 6, down_columns,
             )  # fmt: skip
         entry += 7
 

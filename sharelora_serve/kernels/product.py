@@ -10,47 +10,48 @@ import numpy as np
 
 from sharelora_serve.kernels.vector import LANES, has_avx512, make_product_tile
 
-WIDE = 2 if has_avx512() else 1
+_WIDE = 2 if has_avx512() else 1
 """Neighbouring blocks that one tile of `product` computes."""
 
-TALL = 12 if has_avx512() else 6
-MEDIUM = 8 if has_avx512() else 4
+_TALL = 12 if has_avx512() else 6
+_MEDIUM = 8 if has_avx512() else 4
 """Rows of the larger tiles, so that their sums fill the registers."""
 
-_tall_wide = make_product_tile(TALL, WIDE, accumulate=False, prefetch=False)
-_medium_wide = make_product_tile(MEDIUM, WIDE, accumulate=False, prefetch=False)
-_four_wide = make_product_tile(4, WIDE, accumulate=False, prefetch=False)
-_two_wide = make_product_tile(2, WIDE, accumulate=False, prefetch=False)
-_one_wide = make_product_tile(1, WIDE, accumulate=False, prefetch=False)
-_four = make_product_tile(4, 1, accumulate=False, prefetch=False)
-_three = make_product_tile(3, 1, accumulate=False, prefetch=False)
-_two = make_product_tile(2, 1, accumulate=False, prefetch=False)
-_one = make_product_tile(1, 1, accumulate=False, prefetch=False)
-_four_more = make_product_tile(4, 1, accumulate=True, prefetch=False)
-_three_more = make_product_tile(3, 1, accumulate=True, prefetch=False)
-_two_more = make_product_tile(2, 1, accumulate=True, prefetch=False)
-_one_more = make_product_tile(1, 1, accumulate=True, prefetch=False)
+_tall_wide = make_product_tile(_TALL, _WIDE, accumulate=False)
+_medium_wide = make_product_tile(_MEDIUM, _WIDE, accumulate=False)
+_four_wide = make_product_tile(4, _WIDE, accumulate=False)
+_two_wide = make_product_tile(2, _WIDE, accumulate=False)
+_one_wide = make_product_tile(1, _WIDE, accumulate=False)
+_four = make_product_tile(4, 1, accumulate=False)
+_three = make_product_tile(3, 1, accumulate=False)
+_two = make_product_tile(2, 1, accumulate=False)
+_one = make_product_tile(1, 1, accumulate=False)
+_four_more = make_product_tile(4, 1, accumulate=True)
+_three_more = make_product_tile(3, 1, accumulate=True)
+_two_more = make_product_tile(2, 1, accumulate=True)
+_one_more = make_product_tile(1, 1, accumulate=True)
 
 
 @numba.njit(nogil=True)
-def wide_product(x: Any, weight: Any, block: Any, out: Any) -> None:
-    """All rows of x times WIDE neighbouring blocks."""
+def _wide_product(x: Any, weight: Any, block: Any, out: Any) -> None:
+    """All rows of x times _WIDE neighbouring blocks."""
     rows, row, depth = x.shape[0], 0, weight.shape[1]
-    start, column = block * depth * LANES, block * LANES
-    while rows - row >= TALL:
-        _tall_wide(x, row, 0, weight, start, LANES, depth, out, row, column)
-        row += TALL
-    while rows - row >= MEDIUM:
-        _medium_wide(x, row, 0, weight, start, LANES, depth, out, row, column)
-        row += MEDIUM
+    size, column = depth * LANES, block * LANES
+    start = block * size
+    while rows - row >= _TALL:
+        _tall_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
+        row += _TALL
+    while rows - row >= _MEDIUM:
+        _medium_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
+        row += _MEDIUM
     while rows - row >= 4:
-        _four_wide(x, row, 0, weight, start, LANES, depth, out, row, column)
+        _four_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
         row += 4
     while rows - row >= 2:
-        _two_wide(x, row, 0, weight, start, LANES, depth, out, row, column)
+        _two_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
         row += 2
     if rows > row:
-        _one_wide(x, row, 0, weight, start, LANES, depth, out, row, column)
+        _one_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
 
 
 @numba.njit(nogil=True)
@@ -59,16 +60,17 @@ def block_product(
 ) -> None:
     """out[:rows, column:column + LANES] = x[x_row:x_row + rows, x_column:] times one block."""
     row, depth = 0, weight.shape[1]
-    start = block * depth * LANES
+    size = depth * LANES
+    start = block * size
     while rows - row >= 4:
-        _four(x, x_row + row, x_column, weight, start, LANES, depth, out, row, column)
+        _four(x, x_row + row, x_column, weight, start, LANES, size, depth, out, row, column)
         row += 4
     if rows - row == 3:
-        _three(x, x_row + row, x_column, weight, start, LANES, depth, out, row, column)
+        _three(x, x_row + row, x_column, weight, start, LANES, size, depth, out, row, column)
     elif rows - row == 2:
-        _two(x, x_row + row, x_column, weight, start, LANES, depth, out, row, column)
+        _two(x, x_row + row, x_column, weight, start, LANES, size, depth, out, row, column)
     elif rows - row == 1:
-        _one(x, x_row + row, x_column, weight, start, LANES, depth, out, row, column)
+        _one(x, x_row + row, x_column, weight, start, LANES, size, depth, out, row, column)
 
 
 @numba.njit(nogil=True)
@@ -92,20 +94,20 @@ def add_product(
     row = 0
     while rows - row >= 4:
         _four_more(
-            x, x_row + row, x_column, weight, start, stride, depth, out, out_row + row, column
+            x, x_row + row, x_column, weight, start, stride, 0, depth, out, out_row + row, column
         )
         row += 4
     if rows - row == 3:
         _three_more(
-            x, x_row + row, x_column, weight, start, stride, depth, out, out_row + row, column
+            x, x_row + row, x_column, weight, start, stride, 0, depth, out, out_row + row, column
         )
     elif rows - row == 2:
         _two_more(
-            x, x_row + row, x_column, weight, start, stride, depth, out, out_row + row, column
+            x, x_row + row, x_column, weight, start, stride, 0, depth, out, out_row + row, column
         )
     elif rows - row == 1:
         _one_more(
-            x, x_row + row, x_column, weight, start, stride, depth, out, out_row + row, column
+            x, x_row + row, x_column, weight, start, stride, 0, depth, out, out_row + row, column
         )
 
 
@@ -118,17 +120,17 @@ def product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     bias    (out_features,)                             float32; empty for none
     out     (num_tokens, ceil(out / LANES) * LANES)     float32
     """
-    pairs = weight.shape[0] // WIDE
+    pairs = weight.shape[0] // _WIDE
     for pair in numba.prange(pairs):
-        wide_product(x, weight, pair * WIDE, out)
-        add_bias(bias, out, pair * WIDE * LANES, (pair + 1) * WIDE * LANES)
-    for block in range(pairs * WIDE, weight.shape[0]):
+        _wide_product(x, weight, pair * _WIDE, out)
+        _add_bias(bias, out, pair * _WIDE * LANES, (pair + 1) * _WIDE * LANES)
+    for block in range(pairs * _WIDE, weight.shape[0]):
         block_product(x, 0, 0, x.shape[0], weight, block, out, block * LANES)
-        add_bias(bias, out, block * LANES, (block + 1) * LANES)
+        _add_bias(bias, out, block * LANES, (block + 1) * LANES)
 
 
 @numba.njit(nogil=True)
-def add_bias(bias: Any, out: Any, begin: Any, end: Any) -> None:
+def _add_bias(bias: Any, out: Any, begin: Any, end: Any) -> None:
     """out[:, begin:end] += bias, where there is one."""
     end = min(end, bias.shape[0])
     if begin < end:

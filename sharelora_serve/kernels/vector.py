@@ -12,14 +12,13 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sharelora_serve.kernels.batch import PAGE_RANK
-
 LANES = 16
 """Outputs that one vector holds; packed weights are stored in blocks of as many outputs."""
 
-PREFETCH_EVERY = 8
-"""Steps of a product between two cache lines that it asks for on its way."""
+CACHE_LINE = 64
+"""Bytes that memory is read by."""
 
+_FETCHES = 3  # cache lines per stride of a dot product: what B has for one of A, at the widest
 _DOT_SUMS = 4  # so many in flight hide the latency of a fused multiply-add
 
 _FLOAT = ir.FloatType()
@@ -85,11 +84,11 @@ def float_from_bits(typingctx: Any, bits: Any) -> Any:
     return types.float32(types.int32), emit
 
 
-def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool, prefetch: bool) -> Any:
+def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool) -> Any:
     """An intrinsic for a few rows times a few blocks of outputs, kept in registers throughout.
 
-    tile(x, x_row, x_column, weight, start, stride, depth, out, out_row, out_column) computes, for
-    i < num_rows, j < num_blocks, lane l < LANES and w = start + j * depth * stride,
+    tile(x, x_row, x_column, weight, start, stride, apart, depth, out, out_row, out_column)
+    computes, for i < num_rows, j < num_blocks, lane l < LANES and w = start + j * apart,
 
         out[out_row + i, out_column + j * LANES + l]
             (+)= sum over k < depth of x[x_row + i, x_column + k] * weight[w + k * stride + l]
@@ -100,18 +99,13 @@ def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool, prefe
 
     All are C-contiguous. Every output adds its products in the order of k, one fused
     multiply-add after another, whatever the tile: a row's result never depends on its batch.
-
-    With `prefetch` the tile takes (pool, work, first, count, offset, width) besides, and on its way
-    asks for the cache line at `offset` of rank rows first to first + count of `pool`, one in every
-    PREFETCH_EVERY steps of k. Rank row n is row n % PAGE_RANK, `width` elements each, of the page
-    that begins at work[n // PAGE_RANK, 2].
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         source = _array(context, builder, signature, arguments, 0)
         packed = _array(context, builder, signature, arguments, 3)
-        target = _array(context, builder, signature, arguments, 7)
-        _, row_at, column_at, _, start, stride, depth, _, out_row, out_column = arguments[:10]
+        target = _array(context, builder, signature, arguments, 8)
+        _, row_at, column_at, _, start, stride, apart, depth, _, out_row, out_column = arguments
         x_width = cgutils.unpack_tuple(builder, source.shape, 2)[1]
         out_width = cgutils.unpack_tuple(builder, target.shape, 2)[1]
         word, lane = depth.type, ir.IntType(32)
@@ -123,9 +117,8 @@ def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool, prefe
             _at(builder, source.data, builder.add(row_at, word(i)), x_width, column_at)
             for i in range(num_rows)
         ]
-        size = builder.mul(depth, stride)
         blocks = [
-            builder.gep(packed.data, [builder.add(start, builder.mul(size, word(j)))])
+            builder.gep(packed.data, [builder.add(start, builder.mul(apart, word(j)))])
             for j in range(num_blocks)
         ]
         targets = [
@@ -160,8 +153,8 @@ def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool, prefe
         everywhere = ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
         undefined = ir.Constant(vector, ir.Undefined)
 
-        def step(k: Any) -> None:
-            at = builder.mul(k, stride)
+        with cgutils.for_range(builder, depth) as loop:
+            at = builder.mul(loop.index, stride)
             columns = []
             for pointer in blocks:
                 line = builder.bitcast(
@@ -170,66 +163,35 @@ def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool, prefe
                 bits = builder.load(line, align=_alignment(stored))
                 columns.append(_widen(builder, bits, signature.args[3].dtype, LANES))
             for i, pointer in enumerate(rows):
-                scalar = builder.load(builder.gep(pointer, [k]))
+                scalar = builder.load(builder.gep(pointer, [loop.index]))
                 first = builder.insert_element(undefined, scalar, lane(0))
                 spread = builder.shuffle_vector(first, undefined, everywhere)
                 for j in range(num_blocks):
                     total = builder.load(sums[i][j])
                     builder.store(builder.call(fma, [spread, columns[j], total]), sums[i][j])
-
-        if prefetch:
-            _steps_with_prefetch(context, builder, signature, arguments, depth, step)
-        else:
-            with cgutils.for_range(builder, depth) as loop:
-                step(loop.index)
         for i in range(num_rows):
             for j in range(num_blocks):
                 builder.store(builder.load(sums[i][j]), targets[i][j], align=4)
         return context.get_dummy_value()
 
-    index = types.intp
-    if prefetch:
-
-        @intrinsic
-        def tile(
-            typingctx: Any,
-            x: Any,
-            x_row: Any,
-            x_column: Any,
-            weight: Any,
-            start: Any,
-            stride: Any,
-            depth: Any,
-            out: Any,
-            out_row: Any,
-            out_column: Any,
-            pool: Any,
-            work: Any,
-            first: Any,
-            count: Any,
-            offset: Any,
-            width: Any,
-        ) -> Any:
-            product = (x, index, index, weight, index, index, index, out, index, index)
-            return types.void(*product, pool, work, index, index, index, index), emit
-    else:
-
-        @intrinsic
-        def tile(
-            typingctx: Any,
-            x: Any,
-            x_row: Any,
-            x_column: Any,
-            weight: Any,
-            start: Any,
-            stride: Any,
-            depth: Any,
-            out: Any,
-            out_row: Any,
-            out_column: Any,
-        ) -> Any:
-            product = (x, index, index, weight, index, index, index, out, index, index)
-            return types.void(*product), emit
+    @intrinsic
+    def tile(
+        typingctx: Any,
+        x: Any,
+        x_row: Any,
+        x_column: Any,
+        weight: Any,
+        start: Any,
+        stride: Any,
+        apart: Any,
+        depth: Any,
+        out: Any,
+        out_row: Any,
+        out_column: Any,
+    ) -> Any:
+        index = types.intp
+        product = (x, index, index, weight, index, index, index, index, out, index, index)
+        return types.void(*product), emit
 
     return tile
 
@@ -237,9 +199,13 @@ def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool, prefe
 def make_dot_tile(num_rows: int) -> Any:
     """An intrinsic for the dot products of a few rows with one rank row.
 
-    tile(x, x_row, pages, start, depth, out, out_row, out_column) computes, for i < num_rows,
+    tile(x, x_row, pages, start, depth, out, out_row, out_column, ahead, num_lines) computes, for
+    i < num_rows,
 
         out[out_row + i, out_column] = sum over k < depth of x[x_row + i, k] * pages[start + k]
+
+    and on its way fetches `num_lines` cache lines from element `ahead` of `pages` on, which the
+    caller will read next: arithmetic hides memory.
 
     x      (rows, depth)     float32
     pages  any shape         as stored; addressed by element
@@ -255,7 +221,7 @@ def make_dot_tile(num_rows: int) -> Any:
         source = _array(context, builder, signature, arguments, 0)
         pages = _array(context, builder, signature, arguments, 2)
         target = _array(context, builder, signature, arguments, 5)
-        _, row_at, _, start, depth, _, out_row, out_column = arguments
+        _, row_at, _, start, depth, _, out_row, out_column, ahead, num_lines = arguments
         x_width = cgutils.unpack_tuple(builder, source.shape, 2)[1]
         out_width = cgutils.unpack_tuple(builder, target.shape, 2)[1]
         word, lane = depth.type, ir.IntType(32)
@@ -274,7 +240,19 @@ def make_dot_tile(num_rows: int) -> Any:
             for place in line:
                 builder.store(ir.Constant(vector, [0.0] * half), place)
         num_strides = builder.udiv(depth, word(stride))
+        byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+        fetch = cgutils.get_or_insert_function(
+            builder.module,
+            ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]),
+            "llvm.prefetch.p0i8",
+        )
+        following = builder.bitcast(builder.gep(pages.data, [ahead]), byte)
         with cgutils.for_range(builder, num_strides) as loop:
+            for n in range(_FETCHES):
+                index = builder.add(builder.mul(loop.index, word(_FETCHES)), word(n))
+                with builder.if_then(builder.icmp_signed("<", index, num_lines)):
+                    pointer = builder.gep(following, [builder.mul(index, word(CACHE_LINE))])
+                    builder.call(fetch, [pointer, flag(0), flag(3), flag(1)])  # to read, to keep
             for n in range(_DOT_SUMS):
                 k = builder.add(builder.mul(loop.index, word(stride)), word(n * half))
                 line = builder.bitcast(
@@ -326,82 +304,11 @@ def make_dot_tile(num_rows: int) -> Any:
         out: Any,
         out_row: Any,
         out_column: Any,
+        ahead: Any,
+        num_lines: Any,
     ) -> Any:
         index = types.intp
-        return types.void(x, index, pages, index, index, out, index, index), emit
-
-    return tile
-
-
-def make_gathered_tile(num_rows: int, depth: int) -> Any:
-    """An intrinsic for a few rows, each times a page of its own: LANES outputs of every row.
-
-    tile(x, weight, stride, out, out_column, offset, work, first) computes, for i < num_rows with
-    (row, column, start) = work[first + i] and lane l < LANES,
-
-        out[row, out_column + l]
-            += sum over k < depth of x[row, column + k] * weight[start + offset + k * stride + l]
-
-    x       (rows, columns)   float32
-    weight  any shape         as stored; addressed by element
-    out     (rows, columns)   float32
-    work    (items, 3)        int64; rows of one tile must differ
-
-    All are C-contiguous. Every output adds in the order of k, as in a product tile.
-    """
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source = _array(context, builder, signature, arguments, 0)
-        pages = _array(context, builder, signature, arguments, 1)
-        target = _array(context, builder, signature, arguments, 3)
-        work = _array(context, builder, signature, arguments, 6)
-        _, _, stride, _, out_column, offset, _, first = arguments
-        x_width = cgutils.unpack_tuple(builder, source.shape, 2)[1]
-        out_width = cgutils.unpack_tuple(builder, target.shape, 2)[1]
-        word, lane = stride.type, ir.IntType(32)
-        vector = ir.VectorType(_FLOAT, LANES)
-        stored, dtype = pages.data.type.pointee, signature.args[1].dtype
-        everywhere = ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
-        undefined = ir.Constant(vector, ir.Undefined)
-        rows, lines, targets = [], [], []
-        for i in range(num_rows):
-            item = builder.add(first, word(i))
-            row, column, start = (
-                builder.load(_at(builder, work.data, item, word(3), word(at))) for at in range(3)
-            )
-            rows.append(_at(builder, source.data, row, x_width, column))
-            lines.append(builder.gep(pages.data, [builder.add(start, offset)]))
-            pointer = _at(builder, target.data, row, out_width, out_column)
-            targets.append(builder.bitcast(pointer, vector.as_pointer()))
-        sums = [builder.load(pointer, align=4) for pointer in targets]
-        for k in range(depth):
-            for i in range(num_rows):
-                pointer = builder.gep(lines[i], [builder.mul(stride, word(k))])
-                line = builder.bitcast(pointer, ir.VectorType(stored, LANES).as_pointer())
-                bits = builder.load(line, align=_alignment(stored))
-                factor = _widen(builder, bits, dtype, LANES)
-                scalar = builder.load(builder.gep(rows[i], [word(k)]))
-                single = builder.insert_element(undefined, scalar, lane(0))
-                spread = builder.shuffle_vector(single, undefined, everywhere)
-                sums[i] = builder.call(_fma(builder, vector), [spread, factor, sums[i]])
-        for total, pointer in zip(sums, targets, strict=True):
-            builder.store(total, pointer, align=4)
-        return context.get_dummy_value()
-
-    @intrinsic
-    def tile(
-        typingctx: Any,
-        x: Any,
-        weight: Any,
-        stride: Any,
-        out: Any,
-        out_column: Any,
-        offset: Any,
-        work: Any,
-        first: Any,
-    ) -> Any:
-        index = types.intp
-        return types.void(x, weight, index, out, index, index, work, index), emit
+        return types.void(x, index, pages, index, index, out, index, index, index, index), emit
 
     return tile
 
@@ -423,35 +330,3 @@ def _fma(builder: Any, kind: Any) -> Any:
     return cgutils.get_or_insert_function(
         builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.{name}"
     )
-
-
-def _steps_with_prefetch(
-    context: Any, builder: Any, signature: Any, arguments: Any, depth: Any, step: Any
-) -> None:
-    """step(k) for k < depth; a prefetch before every PREFETCH_EVERY of them while any is left."""
-    pool = _array(context, builder, signature, arguments, 10)
-    work = _array(context, builder, signature, arguments, 11)
-    first, count, offset, width = arguments[12:16]
-    word, flag, byte = depth.type, ir.IntType(32), ir.IntType(8).as_pointer()
-    fetch = cgutils.get_or_insert_function(
-        builder.module,
-        ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]),
-        "llvm.prefetch.p0i8",
-    )
-    every, ranks = word(PREFETCH_EVERY), word(PAGE_RANK)
-    num_chunks = builder.udiv(depth, every)
-    with cgutils.for_range(builder, num_chunks) as chunk:
-        with builder.if_then(builder.icmp_signed("<", chunk.index, count)):
-            rank_row = builder.add(first, chunk.index)
-            item, rank = builder.udiv(rank_row, ranks), builder.urem(rank_row, ranks)
-            page = builder.load(_at(builder, work.data, item, word(3), word(2)))
-            inside = builder.add(builder.mul(rank, width), offset)
-            pointer = builder.gep(pool.data, [builder.add(page, inside)])
-            # Read, to be used more than once, into the second-level cache.
-            builder.call(fetch, [builder.bitcast(pointer, byte), flag(0), flag(2), flag(1)])
-        begin = builder.mul(chunk.index, every)
-        for at in range(PREFETCH_EVERY):
-            step(builder.add(begin, word(at)))
-    whole = builder.mul(num_chunks, every)
-    with cgutils.for_range_slice(builder, whole, depth, word(1)) as (k, _):
-        step(k)

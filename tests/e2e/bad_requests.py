@@ -262,10 +262,10 @@ def _lists() -> Iterator[BadRequest]:
 
 
 def _chats() -> Iterator[BadRequest]:
-    def row(name: str, code: str, param: str, **fields: Any) -> BadRequest:
+    def row(name: str, code: str, param: str, /, **fields: Any) -> BadRequest:
         return BadRequest(f"{name} in a chat", {**GOOD_CHAT, **fields}, code, param, CHAT)
 
-    def message(name: str, code: str, param: str, **fields: Any) -> BadRequest:
+    def message(name: str, code: str, param: str, /, **fields: Any) -> BadRequest:
         messages = [{"role": "user", "content": "Hi"} | fields]
         return row(name, code, f"messages[0]{param}", messages=messages)
 

@@ -102,19 +102,16 @@ class CpuParts:
         entry: int,
         columns: Tensor,
     ) -> None:
-        offsets = batch.offsets.numpy()
-        adapted.adapted_product(
+        self.linear(x, weight, bias, out)
+        adapted.add_adapters(
             x.numpy(),
-            weight,
-            bias.numpy(),
             out.numpy(),
             adapted.make_pieces(batch.row_adapter.numpy()),
-            offsets,
+            batch.offsets.numpy(),
             batch.a_pages.numpy(),
             batch.b_pages.numpy(),
             batch.scaling.numpy(),
             stored(batch.arena),
-            adapted.count_most_pages(offsets),
             entry,
             columns.numpy(),
         )
