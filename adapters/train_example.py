@@ -20,7 +20,7 @@ from rich.progress import track
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, linear
-from transformers import AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, LlamaForCausalLM
 from transformers.utils import logging
 
 from sharelora_serve.adapters.layout import MODULES

@@ -54,7 +54,7 @@ _SIZES: Mapping[str, Any] = MappingProxyType(
 )
 
 
-def _llama(**changes: Any) -> PreTrainedModel:  # noqa: ANN401 - the configuration's own fields
+def _llama(**changes: Any) -> PreTrainedModel:
     return LlamaForCausalLM(LlamaConfig(**{**_SIZES, **changes}))
 
 
@@ -62,7 +62,7 @@ def _rope(rope_type: str, **parameters: float) -> dict[str, Any]:
     return {"rope_type": rope_type, "rope_theta": 10000.0, **parameters}
 
 
-def _qwen2(**changes: Any) -> PreTrainedModel:  # noqa: ANN401
+def _qwen2(**changes: Any) -> PreTrainedModel:
     return Qwen2ForCausalLM(Qwen2Config(**{**_SIZES, **changes}))
 
 

@@ -26,7 +26,7 @@ def make_request(
     *,
     prompt_ids: Sequence[int] = (0,),
     output_ids: Sequence[int] = (),
-    **sampling: Any,  # noqa: ANN401 - any fields of SamplingParams
+    **sampling: Any,
 ) -> Request:
     return Request(
         request_id=request_id,

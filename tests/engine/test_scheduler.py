@@ -2,7 +2,6 @@
 
 import random
 from collections import Counter, OrderedDict
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
