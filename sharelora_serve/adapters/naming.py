@@ -113,7 +113,10 @@ def parse_mlx_key(key: str) -> FactorKey:
 def _parts(key: str) -> list[str]:
     if len(key) > _MAX_KEY_LENGTH:
         raise AdapterInvalidError(f"is longer than {_MAX_KEY_LENGTH} characters")
-    return [part for part in key.split(".") if part not in _WRAPPERS]
+    parts = [part for part in key.split(".") if part not in _WRAPPERS]
+    if not parts:
+        raise AdapterInvalidError("names no tensor; expected '...layers.N.MODULE...'")
+    return parts
 
 
 def _why_not_a_factor(parts: list[str]) -> str:

@@ -120,6 +120,11 @@ class CpuKernels:
 
     name = "cpu"
 
+    def __init__(self) -> None:
+        # Starts numba's threads. It does so itself when it loads a function that is parallel, but
+        # not for one that calls such a function, which would then call into nothing.
+        numba.get_num_threads()
+
     def make_weights(
         self,
         num_layers: int,

@@ -54,6 +54,13 @@ def test_health_readiness_and_version(http: httpx.Client) -> None:
         assert (response.status_code, response.json()) == (200, content)
 
 
+def test_an_answer_on_a_kept_connection_does_not_wait_for_the_clients_acknowledgement(
+    http: httpx.Client,
+) -> None:
+    seconds = min(http.get("/health").elapsed.total_seconds() for _ in range(20))
+    assert seconds < 0.03, "Nagle's algorithm adds 40 ms to each"
+
+
 FIGURES = [
     "sharelora_time_to_first_token_seconds_count",
     "sharelora_time_per_output_token_seconds_count",

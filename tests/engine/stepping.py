@@ -109,17 +109,24 @@ class TinyModel:
             adapter = read_adapter(adapters_folder / merged, self.layout, name=merged)
             fold = fold_adapter(adapter, dtype)
         kernels = CpuKernels()
+        weights = load_weights(
+            folder,
+            self.config,
+            dtype,
+            kernels,
+            device=CPU,
+            max_positions=MAX_MODEL_LEN,
+            fold=fold,
+            on_layer=_ignore,
+        )
         self.decoder = Decoder(
             self.config,
-            load_weights(
-                folder, self.config, dtype, kernels, device=CPU, fold=fold, on_layer=_ignore
-            ),
+            weights,
             kernels,
             dtype=dtype,
             device=CPU,
             kv_blocks=MAX_BLOCKS + 1,
             max_tokens=MAX_BATCH_TOKENS,
-            max_positions=MAX_MODEL_LEN,
         )
 
     @contextmanager
@@ -140,9 +147,8 @@ class TinyModel:
         wake = threading.Event()
         pool = MatrixPool(adapter_bytes, self.layout.feature_counts, self.dtype, CPU)
         pool.arena[pool._allocator.num_reserved :] = torch.nan
-        for keys, values in self.decoder.kv_cache:
-            keys.fill(_NAN_BITS[str(keys.dtype)])
-            values.fill(_NAN_BITS[str(values.dtype)])
+        for part in self.decoder._kv_cache:
+            part.fill(_NAN_BITS[str(part.dtype)])
         adapters = AdapterCache(self.layout, pool, host_bytes, on_change=wake.set)
         try:
             for name in names:

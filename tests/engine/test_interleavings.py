@@ -167,7 +167,7 @@ def alone(
         yield Alone(model, engine, [first, second])
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(room=ROOMS, events=st.lists(EVENTS, min_size=3, max_size=24))
 def test_any_interleaving_gives_each_request_the_answer_it_gets_alone(
     alone: Alone, room: Room, events: list[Ask | Abort | int]

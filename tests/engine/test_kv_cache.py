@@ -24,7 +24,7 @@ def make_request(
     request_id: str = "request",
 ) -> Request:
     sampling = SamplingParams(max_tokens=100, prompt_logprobs=prompt_logprobs)
-    return Request(request_id, adapter, prompt_ids, sampling, 0.0, deliver=lambda output: None)
+    return Request(request_id, adapter, prompt_ids, sampling, 0.0, deliver=lambda _: None)
 
 
 def compute(cache: KVCache, request: Request) -> bool:
@@ -63,7 +63,7 @@ def test_padding_block_is_never_handed_out() -> None:
 
 
 def test_memory_for_no_block_at_all_is_refused_by_the_settings_name() -> None:
-    with pytest.raises(ConfigurationError, match="1 blocks of 16 tokens.*kv_memory"):
+    with pytest.raises(ConfigurationError, match=r"1 blocks of 16 tokens.*kv_memory"):
         KVCache(1)
 
 

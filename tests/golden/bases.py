@@ -170,6 +170,55 @@ def _reference(
     return ReferenceAnswer(token_ids, logprobs)
 
 
+_QUESTION = (
+    "The harbour town has one street, two inns and a lighthouse that nobody has climbed for years. "
+    "The three things that a visitor should see there are"
+)
+_STORY)
+    with tempfile.TemporaryDirectory() as temporary:
+        adapters = write_adapters(
+            Path(temporary) / "adapters", load_reference(folder), seed, strength=0.4
+        )
+        cases = [Case(name, question, 10) for name in (None, *adapters)]
+        cases += [Case(None, story, 12), Case(None, story[:1], 12)]
+        cases += [Case("share-a", story, 12), Case("lora", story[:BLOCK_SIZE], 12)]
+        yield _open(Path(temporary), folder, adapters, cases)
+
+
+def _open(temporary: Path, folder: Path, adapters: dict[str, Adapter], cases: list[Case]) -> Base:
+    """Work out the right answers; those of the server are drafts, which save time and no more."""
+    base = Base(folder, temporary / "adapters", adapters, cases, references=[])
+    with running_engine(base.config()) as engine:
+        drafts = [served.token_ids for served in serve_together(engine, cases)]
+    model = load_reference(folder)
+    for case, draft in zip(cases, drafts, strict=True):
+        adapter = None if case.adapter is None else adapters[case.adapter]
+        base.references.append(_reference(model, adapter, case, draft))
+    return base
+
+
+def _reference(
+    model: PreTrainedModel, adapter: Adapter | None, case: Case, draft: list[int]
+) -> ReferenceAnswer:
+    """What reference_greedy answers, in one pass as far as the draft says the same."""
+    with folded(model, adapter), torch.inference_mode():
+        logits = model(
+            input_ids=torch.tensor([case.prompt_ids + draft[:-1]]), logits_to_keep=case.num_tokens
+        ).logits[0]
+    logprobs = logits.log_softmax(dim=-1)
+    token_ids: list[int] = logprobs.argmax(dim=-1).tolist()
+    for step in range(case.num_tokens - 1):
+        if token_ids[step] != draft[step]:  # what comes after it was asked of another text
+            found = token_ids[: step + 1]
+            rest = reference_greedy(
+                model, adapter, case.prompt_ids + found, case.num_tokens - len(found)
+            )
+            return ReferenceAnswer(
+                found + rest.token_ids, torch.cat([logprobs[: step + 1], rest.logprobs])
+            )
+    return ReferenceAnswer(token_ids, logprobs)
+
+
 _QUESTION = "The three things that a visitor of a small harbour town should see are"
 _STORY = (
     "When the last ferry of the evening had left, the keeper of the lighthouse climbed down to the "

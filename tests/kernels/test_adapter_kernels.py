@@ -1,6 +1,7 @@
 """Linear layers with adapters: every row through its own adapter's pages, and nobody else's."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import pytest
 import torch
@@ -123,7 +124,7 @@ def test_one_module_alone_has_the_bits_that_it_has_in_a_fused_product(
         x = torch.randn(23, weight.shape[1], generator=generator)
         entry, columns = tenants.place(0, "qkv")
         fused = linear(cpu, tenants, x, weight, owners, (entry, columns))
-        for module, (begin, end) in enumerate(zip(columns, columns[1:], strict=False)):
+        for module, (begin, end) in enumerate(pairwise(columns)):
             place = entry + module, torch.tensor([0, end - begin])
             own = linear(cpu, tenants, x, weight[begin:end], owners, place)
             assert (own - fused[:, begin:end]).abs().max() <= 1e-5 * own.abs().max()
