@@ -52,7 +52,7 @@ def test_every_row_gets_its_own_adapter_and_nothing_else(
     generator = torch.Generator().manual_seed(seed)
     for layout in LAYOUTS.values():
         tenants = draw_tenants(layout, dtype, generator)
-        for rows in (1, 2, 3, 4, 7, 17, 40) if parts == "cpu" else (5,):
+        for rows in (1, 4, 19) if parts == "cpu" else (5,):
             of_rows = draw_owners(owners, rows, len(tenants.adapters), generator)
             if order == "mixed":
                 of_rows = [of_rows[i] for i in torch.randperm(rows, generator=generator)]
@@ -85,7 +85,7 @@ def test_row_has_the_same_bits_whatever_adapters_stand_beside_it(
             place = tenants.place(1, fused)
             x = torch.randn(40, weight.shape[1], generator=generator)
             together = linear(cpu, tenants, x, weight, of_rows, place)
-            for rows in (1, 1, 1, 2, 3, 5, 8, 19):
+            for rows in (1, 2, 5, 19):
                 chosen = torch.randperm(40, generator=generator)[:rows].sort().values
                 owners_of_some = [of_rows[i] for i in chosen]
                 some = linear(cpu, tenants, x[chosen], weight, owners_of_some, place)

@@ -22,7 +22,7 @@ from tests.kernels.parts import PARTS, Parts, empty_kv_cache
 EPS = 1e-5
 MAX_POSITIONS = 160
 NUM_BLOCKS = 40
-TOLERANCE = 3e-6  # of averages of values near 1, whose weights are rounded a few times
+TOLERANCE = 2e-5  # of averages of values near 1; scores of 20 or so round at 1e-6
 FORMS = [  # query heads, key heads, head_dim
     (4, 2, 16),
     (3, 1, 32),

@@ -1,0 +1,166 @@
+"""python -m loadtest adapters | throughput | gaps | memory; each prints one line of JSON."""
+
+import asyncio
+import json
+import random
+import statistics
+import time
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+from loadtest.client import Timeline, make_client, random_prompt, stream
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
+
+Url = Annotated[str, typer.Option(help="Address of the server, such as http://127.0.0.1:8000.")]
+Base = Annotated[str, typer.Option(help="Name of the base.")]
+DEFAULT_URL, DEFAULT_BASE = "http://127.0.0.1:8000", "SmolLM2-135M-Instruct"
+
+
+@app.command()
+def adapters(
+    folder: Path,
+    count: int = 32,
+    rank: int = 16,
+    common_a: bool = False,
+    expanded: bool = False,
+    model: str | None = None,
+) -> None:
+    """Write synthetic ShareA adapters t000, t001, ... into FOLDER."""
+    from loadtest.adapters import write_adapters
+
+    write_adapters(folder, count, rank, common_a=common_a, expanded=expanded, model=model)
+
+
+@app.command()
+def throughput(
+    url: Url = DEFAULT_URL,
+    base: Base = DEFAULT_BASE,
+    num_adapters: int = 0,
+    streams: int = 32,
+    requests: int = 64,
+    prompt_words: int = 32,
+    new_tokens: int = 64,
+) -> None:
+    """Closed loop: request i asks for adapter i modulo num-adapters, or for the base."""
+    generator = random.Random(0)
+
+    async def run() -> tuple[list[Timeline], float]:
+        gate = asyncio.Semaphore(streams)
+        async with make_client(url) as client:
+
+            async def one(number: int, prompt: str) -> Timeline:
+                model = f"t{number % num_adapters:03d}" if num_adapters else base
+                async with gate:
+                    return await stream(client, model, prompt, new_tokens)
+
+            prompts = [random_prompt(prompt_words, generator) for _ in range(requests)]
+            start = time.perf_counter()
+            timelines = await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts)))
+            return timelines, time.perf_counter() - start
+
+    timelines, seconds = asyncio.run(run())
+    first = sorted(timeline.first_token_seconds for timeline in timelines)
+    _show(
+        adapters=num_adapters,
+        streams=streams,
+        tokens_per_second=round(requests * new_tokens / seconds, 1),
+        first_token_p50_seconds=round(statistics.median(first), 3),
+        time_per_token_ms=round(
+            1000 * statistics.fmean(gap for t in timelines for gap in t.gaps), 2
+        ),
+    )
+
+
+@app.command()
+def gaps(
+    url: Url = DEFAULT_URL, base: Base = DEFAULT_BASE, streams: int = 8, prompt_words: int = 1500
+) -> None:
+    """Streams decode; a long prompt arrives: how long does any of them wait for its next token?"""
+    generator = random.Random()
+
+    async def run() -> tuple[list[Timeline], Timeline]:
+        async with make_client(url) as client:
+            prompts = [random_prompt(16, generator) for _ in range(streams)]
+            decoding = [asyncio.create_task(stream(client, base, p, 300)) for p in prompts]
+            await asyncio.sleep(2.0)
+            long = await stream(client, base, random_prompt(prompt_words, generator), 1)
+            return await asyncio.gather(*decoding), long
+
+    timelines, long = asyncio.run(run())
+    # Before the long prompt arrives every stream is past its own.
+    steady = [
+        later - earlier
+        for timeline in timelines
+        for earlier, later in pairwise(timeline.tokens_at)
+        if long.sent_at - 1.0 < earlier and later < long.sent_at
+    ]
+    during = [
+        later - earlier
+        for timeline in timelines
+        for earlier, later in pairwise(timeline.tokens_at)
+        if later > long.sent_at and earlier < long.tokens_at[0]
+    ]
+    median = statistics.median(steady)
+    _show(
+        streams=streams,
+        median_step_ms=round(1000 * median, 1),
+        longest_gap_ms=round(1000 * max(during), 1),
+        longest_gap_steps=round(max(during) / median, 2),
+        long_first_token_seconds=round(long.first_token_seconds, 2),
+    )
+
+
+@app.command()
+def memory(pid: int, url: Url = DEFAULT_URL, num_adapters: int = 50, requests: int = 2000) -> None:
+    """Resident memory of process PID after a tenth of the requests and after all of them."""
+    generator = random.Random(0)
+
+    async def run() -> tuple[float, float]:
+        gate = asyncio.Semaphore(16)
+        async with make_client(url) as client:
+
+            async def one(number: int) -> None:
+                async with gate:
+                    prompt = random_prompt(generator.randint(1, 60), generator)
+                    model = f"t{generator.randrange(num_adapters):03d}"
+                    await stream(client, model, prompt, 1 + number % 16)
+
+            await asyncio.gather(*(one(i) for i in range(requests // 10)))
+            early = _resident_mib(pid)
+            await asyncio.gather(*(one(i) for i in range(requests // 10, requests)))
+            return early, _resident_mib(pid)
+
+    early, late = asyncio.run(run())
+    _show(
+        resident_mib_after_a_tenth=round(early, 1),
+        resident_mib_after_all=round(late, 1),
+        growth_percent=round(100 * (late / early - 1), 2),
+    )
+
+
+@app.command()
+def pool(url: Url = DEFAULT_URL) -> None:
+    """What the server's metrics say of the adapters' memory."""
+    text = httpx.get(f"{url}/metrics").text
+    wanted = ("sharelora_adapter_memory", "sharelora_adapter_dedupe", "sharelora_adapters_")
+    lines = [line.split(" ") for line in text.splitlines() if line.startswith(wanted)]
+    _show(**{name: float(value) for name, value in lines})
+
+
+def _resident_mib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
+    return int(line.split()[1]) / 1024
+
+
+def _show(**figures: Any) -> None:  # noqa: ANN401 - figures are numbers of any kind
+    typer.echo(json.dumps(figures))
+
+
+if __name__ == "__main__":
+    app()
