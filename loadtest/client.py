@@ -7,28 +7,10 @@ from itertools import pairwise
 
 import httpx
 
-WORDS = [
-    "the",
-    "cat",
-    "sat",
-    "on",
-    "a",
-    "mat",
-    "and",
-    "saw",
-    "one",
-    "big",
-    "red",
-    "dog",
-    "run",
-    "over",
-    "that",
-    "hill",
-    "to",
-    "get",
-    "some",
-    "food",
-]
+WORDS = (
+    *("the", "cat", "sat", "on", "a", "mat", "and", "saw", "one", "big"),
+    *("red", "dog", "run", "over", "that", "hill", "to", "get", "some", "food"),
+)
 
 
 @dataclass(slots=True)

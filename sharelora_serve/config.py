@@ -154,9 +154,9 @@ class ServeConfig(BaseSettings):
         "for long prompts, less lets running requests wait for shorter times.",
     )
     prefill_chunk: int = Field(
-        32,
+        24,
         ge=1,
-        description="Prompt tokens per step while other requests decode, such as 32; less keeps "
+        description="Prompt tokens per step while other requests decode, such as 24; less keeps "
         "their streams smoother, more brings the new request's first token sooner.",
     )
     max_queue: int = Field(

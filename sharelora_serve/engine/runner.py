@@ -16,7 +16,7 @@ from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
 from sharelora_serve.models.decoder import Decoder
 
 # Query rows that one task of attention holds in registers and caches, over its grouped heads.
-_TASK_ROWS = 12
+_TASK_ROWS = 24
 
 # Page tables kept beside a merged adapter, so that a decode step need not make them again.
 _MAX_SUBTRACTED = 256

@@ -57,6 +57,18 @@ def _softmax(line: Any, low: Any, high: Any) -> None:
     line[high:] = np.float32(0)
 
 
+@numba.njit(nogil=True)
+def _scattering_stride(count: Any) -> Any:
+    """A step that visits every one of `count` places once, neighbours far apart (golden ratio).
+
+    Every thread takes a run of indices, and the tasks of a long prompt stand side by side.
+    """
+    stride = max(1, int(count * 0.618))
+    while math.gcd(stride, count) > 1:
+        stride += 1
+    return stride
+
+
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def attend(
     qkv: Any,
@@ -114,7 +126,10 @@ def attend(
             if t + 1 == positions.shape[0] or row_sequence[t + 1] != row_sequence[t]:
                 _clear_after(value, at)
 
-    for task in numba.prange(tasks.shape[0] * kv_heads):
+    num_tasks = tasks.shape[0] * kv_heads
+    stride = _scattering_stride(num_tasks)
+    for index in numba.prange(num_tasks):
+        task = index * stride % num_tasks
         first, count, k = tasks[task // kv_heads, 0], tasks[task // kv_heads, 1], task % kv_heads
         table = block_tables[row_sequence[first]]
         rows = count * group

@@ -22,10 +22,12 @@ _medium_wide = make_product_tile(_MEDIUM, _WIDE, accumulate=False)
 _four_wide = make_product_tile(4, _WIDE, accumulate=False)
 _two_wide = make_product_tile(2, _WIDE, accumulate=False)
 _one_wide = make_product_tile(1, _WIDE, accumulate=False)
+_six = make_product_tile(6, 1, accumulate=False)
 _four = make_product_tile(4, 1, accumulate=False)
 _three = make_product_tile(3, 1, accumulate=False)
 _two = make_product_tile(2, 1, accumulate=False)
 _one = make_product_tile(1, 1, accumulate=False)
+_six_more = make_product_tile(6, 1, accumulate=True)
 _four_more = make_product_tile(4, 1, accumulate=True)
 _three_more = make_product_tile(3, 1, accumulate=True)
 _two_more = make_product_tile(2, 1, accumulate=True)
@@ -62,7 +64,10 @@ def block_product(
     row, depth = 0, weight.shape[1]
     size = depth * LANES
     start = block * size
-    while rows - row >= 4:
+    while rows - row >= 6:
+        _six(x, x_row + row, x_column, weight, start, LANES, size, depth, out, row, column)
+        row += 6
+    if rows - row >= 4:
         _four(x, x_row + row, x_column, weight, start, LANES, size, depth, out, row, column)
         row += 4
     if rows - row == 3:
@@ -92,7 +97,12 @@ def add_product(
     Line k begins at element start + k * stride of `weight`.
     """
     row = 0
-    while rows - row >= 4:
+    while rows - row >= 6:
+        _six_more(
+            x, x_row + row, x_column, weight, start, stride, 0, depth, out, out_row + row, column
+        )
+        row += 6
+    if rows - row >= 4:
         _four_more(
             x, x_row + row, x_column, weight, start, stride, 0, depth, out, out_row + row, column
         )

@@ -133,7 +133,8 @@ class Generation:
 
     def close(self, error: Exception | None) -> None:
         """Free what is still running, count the request and log it. `error` is why it failed."""
-        self._abort_unfinished()
+        if not self.is_cancelled:
+            self._abort_unfinished()
         seconds = time.monotonic() - self._arrived_at
         metrics, outcome = self._context.metrics, self._outcome(error)
         metrics.requests.labels(outcome=outcome).inc()

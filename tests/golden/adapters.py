@@ -5,7 +5,7 @@ What each of them computes is known from how it was drawn: the server's reader t
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
@@ -107,16 +107,20 @@ PEFT_NAMES = tuple(name for name, form in FORMS.items() if not form.compact)
 
 
 def write_adapters(
-    folder: Path, model: PreTrainedModel, seed: int, strength: float
+    folder: Path,
+    model: PreTrainedModel,
+    seed: int,
+    strength: float,
+    names: Iterable[str] = tuple(FORMS),
 ) -> dict[str, Adapter]:
-    """Draw an adapter of every form, write each to a folder under its name; what they compute.
+    """Draw an adapter of each form, write it to a folder under its name; what they compute.
 
     model     the base that they adapt, for its shapes
     strength  how far a module's outputs move, on inputs of mean square 1, whatever the scale
     """
     return {
-        name: _write(folder / name, form, model, seed, index, strength)
-        for index, (name, form) in enumerate(FORMS.items())
+        name: _write(folder / name, FORMS[name], model, seed, index, strength)
+        for index, name in enumerate(names)
     }
 
 

@@ -30,12 +30,14 @@ _LENGTHS = (1, 2, 15, 16, 17, 31, 32, 33, 5, 48, 63, 64, 65, 9, 100, 130, 250)  
 class Base:
     """A base, its adapters, and what is right.
 
+    name        EMBEDDED or an architecture
     folder      a Hugging Face folder
     adapters    what each adapter of adapters_folder computes
     cases       requests to the base and every adapter, with prompts of many lengths
     references  what Hugging Face answers to each case
     """
 
+    name: str
     folder: Path
     adapters_folder: Path
     adapters: dict[str, Adapter]
@@ -116,7 +118,7 @@ def _tiny_base(architecture: str, seed: int) -> Iterator[Base]:
             Case(name, prompt(length), 12)
             for name, length in zip(adapters, cycle(_LENGTHS), strict=False)
         ]
-        yield _open(Path(temporary), folder, adapters, cases)
+        yield _open(architecture, Path(temporary), folder, adapters, cases)
 
 
 @contextmanager
@@ -124,8 +126,8 @@ def _embedded_base(seed: int) -> Iterator[Base]:
     """The base that is served without --model, asked in English."""
     folder = embedded_base_folder()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    question: list[int] = tokenizer.encode(_QUESTION)
-    story: list[int] = tokenizer.encode(_STORY)
+    question: list[int] = tokenizer.encode(QUESTION)
+    story: list[int] = tokenizer.encode(STORY)
     with tempfile.TemporaryDirectory() as temporary:
         adapters = write_adapters(
             Path(temporary) / "adapters", load_reference(folder), seed, strength=0.4
@@ -133,12 +135,14 @@ def _embedded_base(seed: int) -> Iterator[Base]:
         cases = [Case(name, question, 10) for name in (None, *adapters)]
         cases += [Case(None, story, 12), Case(None, story[:1], 12)]
         cases += [Case("share-a", story, 12), Case("lora", story[:BLOCK_SIZE], 12)]
-        yield _open(Path(temporary), folder, adapters, cases)
+        yield _open(EMBEDDED, Path(temporary), folder, adapters, cases)
 
 
-def _open(temporary: Path, folder: Path, adapters: dict[str, Adapter], cases: list[Case]) -> Base:
+def _open(
+    name: str, temporary: Path, folder: Path, adapters: dict[str, Adapter], cases: list[Case]
+) -> Base:
     """Work out the right answers; those of the server are drafts, which save time and no more."""
-    base = Base(folder, temporary / "adapters", adapters, cases, references=[])
+    base = Base(name, folder, temporary / "adapters", adapters, cases, references=[])
     with running_engine(base.config()) as engine:
         drafts = [served.token_ids for served in serve_together(engine, cases)]
     model = load_reference(folder)
@@ -170,57 +174,11 @@ def _reference(
     return ReferenceAnswer(token_ids, logprobs)
 
 
-_QUESTION = (
+QUESTION = (
     "The harbour town has one street, two inns and a lighthouse that nobody has climbed for years. "
     "The three things that a visitor should see there are"
 )
-_STORY)
-    with tempfile.TemporaryDirectory() as temporary:
-        adapters = write_adapters(
-            Path(temporary) / "adapters", load_reference(folder), seed, strength=0.4
-        )
-        cases = [Case(name, question, 10) for name in (None, *adapters)]
-        cases += [Case(None, story, 12), Case(None, story[:1], 12)]
-        cases += [Case("share-a", story, 12), Case("lora", story[:BLOCK_SIZE], 12)]
-        yield _open(Path(temporary), folder, adapters, cases)
-
-
-def _open(temporary: Path, folder: Path, adapters: dict[str, Adapter], cases: list[Case]) -> Base:
-    """Work out the right answers; those of the server are drafts, which save time and no more."""
-    base = Base(folder, temporary / "adapters", adapters, cases, references=[])
-    with running_engine(base.config()) as engine:
-        drafts = [served.token_ids for served in serve_together(engine, cases)]
-    model = load_reference(folder)
-    for case, draft in zip(cases, drafts, strict=True):
-        adapter = None if case.adapter is None else adapters[case.adapter]
-        base.references.append(_reference(model, adapter, case, draft))
-    return base
-
-
-def _reference(
-    model: PreTrainedModel, adapter: Adapter | None, case: Case, draft: list[int]
-) -> ReferenceAnswer:
-    """What reference_greedy answers, in one pass as far as the draft says the same."""
-    with folded(model, adapter), torch.inference_mode():
-        logits = model(
-            input_ids=torch.tensor([case.prompt_ids + draft[:-1]]), logits_to_keep=case.num_tokens
-        ).logits[0]
-    logprobs = logits.log_softmax(dim=-1)
-    token_ids: list[int] = logprobs.argmax(dim=-1).tolist()
-    for step in range(case.num_tokens - 1):
-        if token_ids[step] != draft[step]:  # what comes after it was asked of another text
-            found = token_ids[: step + 1]
-            rest = reference_greedy(
-                model, adapter, case.prompt_ids + found, case.num_tokens - len(found)
-            )
-            return ReferenceAnswer(
-                found + rest.token_ids, torch.cat([logprobs[: step + 1], rest.logprobs])
-            )
-    return ReferenceAnswer(token_ids, logprobs)
-
-
-_QUESTION = "The three things that a visitor of a small harbour town should see are"
-_STORY = (
+STORY = (
     "When the last ferry of the evening had left, the keeper of the lighthouse climbed down to the "
     "pier, as he had done every night for thirty years, and counted the boats. There were nine. In "
     "the morning there had been ten, and nobody in the village had gone out since the storm. He "

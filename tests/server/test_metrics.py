@@ -1,0 +1,76 @@
+"""What /metrics tells of adapters that come and go."""
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import pytest
+import torch
+from prometheus_client.parser import text_string_to_metric_families
+
+from sharelora_serve.adapters.adapter import AdapterVersion
+from sharelora_serve.adapters.cache import AdapterCache
+from sharelora_serve.adapters.layout import BaseLayout
+from sharelora_serve.adapters.pool import MatrixPool
+from sharelora_serve.engine.engine import EngineStats
+from sharelora_serve.server.metrics import Metrics
+
+
+class IdleEngine:
+    """As much of an engine as is asked for figures; its adapters are what a test says."""
+
+    base_name = "tiny"
+
+    def __init__(self, empty_cache: AdapterCache) -> None:
+        self.names: list[str] = []
+        self._empty_cache = empty_cache
+
+    @property
+    def adapters(self) -> Any:
+        empty_cache, names = self._empty_cache, self.names
+
+        class Named:
+            stats = empty_cache.stats
+
+            def versions(self) -> list[AdapterVersion]:
+                return [AdapterVersion(name, name) for name in names]
+
+        return Named()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(*[0] * 9)
+
+
+@pytest.fixture
+def engine() -> Iterator[IdleEngine]:
+    layout = BaseLayout("tiny", 1, {"self_attn.q_proj": (8, 8)})
+    pool = MatrixPool(1 << 16, layout.feature_counts, torch.float32, torch.device("cpu"))
+    cache = AdapterCache(layout, pool, 1 << 16, on_change=lambda: None)
+    yield IdleEngine(cache)
+    cache.close()
+
+
+def test_tokens_of_an_adapter_stay_while_it_is_idle_and_go_with_it(engine: IdleEngine) -> None:
+    metrics = Metrics(cast(Any, engine))
+    engine.names = ["acme", 'quo"ted']
+    metrics.token_counts("acme").completion += 7
+    metrics.token_counts(None).prompt += 3
+    for _ in range(2):
+        text = metrics.render().decode()
+        assert 'sharelora_adapter_completion_tokens_total{adapter="acme"} 7.0' in text
+        assert 'sharelora_adapter_prompt_tokens_total{adapter="tiny"} 3.0' in text
+        assert 'sharelora_adapter_prompt_tokens_total{adapter="quo\\"ted"} 0.0' in text
+    engine.names = []
+    assert 'adapter="acme"' not in metrics.render().decode()
+
+
+def test_names_have_the_prefix_and_histograms_name_no_adapter(engine: IdleEngine) -> None:
+    engine.names = ["acme"]
+    families = list(text_string_to_metric_families(Metrics(cast(Any, engine)).render().decode()))
+    assert families
+    for family in families:
+        assert family.name.startswith("sharelora_")
+        assert ":" not in family.name
+        assert family.documentation
+        for sample in family.samples:
+            if family.type == "histogram":
+                assert "adapter" not in sample.labels
