@@ -9,6 +9,7 @@ ServeError
 ├── QueueFullError                 429  queue_full
 ├── AdapterUnavailableError        503  adapter_unavailable
 ├── EngineStoppedError             503  engine_stopped
+├── SamplingError                  500  sampling_failed
 ├── UnsupportedModelError          (at start only)
 └── ConfigurationError             (at start only)
 """
@@ -87,6 +88,12 @@ class EngineStoppedError(ServeError):
 
     status = 503
     code = "engine_stopped"
+
+
+class SamplingError(ServeError):
+    """The model gave one request logits that are not finite; the rest of the batch goes on."""
+
+    code = "sampling_failed"
 
 
 class UnsupportedModelError(ServeError):

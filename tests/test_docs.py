@@ -17,8 +17,8 @@ from starlette.routing import Route
 
 import sharelora_serve
 from sharelora_serve import errors
-from sharelora_serve.adapters.cache import CacheStats
 from sharelora_serve.adapters.pool import PoolStats
+from sharelora_serve.adapters.residency import CacheStats
 from sharelora_serve.cli import app as command_line
 from sharelora_serve.config import (
     ServeConfig,

@@ -6,11 +6,8 @@ written by loader threads.
 """
 
 import logging
-import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from enum import Enum, auto
 from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
@@ -19,76 +16,18 @@ from threading import Lock, Thread
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, PageTable
 from sharelora_serve.adapters.format import read_adapter
 from sharelora_serve.adapters.layout import BaseLayout
+from sharelora_serve.adapters.naming import check_name
 from sharelora_serve.adapters.pages import PoolFullError
-from sharelora_serve.adapters.pool import MatrixPool, PoolStats, Resident, StagedAdapter
+from sharelora_serve.adapters.pool import MatrixPool, Resident, StagedAdapter
+from sharelora_serve.adapters.residency import CacheStats, Entry, Waiting
 from sharelora_serve.adapters.summary import AdapterSummary, summarise
 from sharelora_serve.errors import (
-    AdapterInvalidError,
     AdapterUnavailableError,
     ModelNotFoundError,
     ServeError,
 )
 
 logger = logging.getLogger(__name__)
-
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
-
-
-class Waiting(Enum):
-    """Why a page table is not there yet; ask again after the next change."""
-
-    LOADING = auto()
-    NO_ROOM = auto()  # everything on the device is used by running requests or reserved
-
-
-@dataclass(frozen=True, slots=True)
-class CacheStats:
-    """Counters since the start, and what each tier holds at this moment.
-
-    device_hits        acquires that found the adapter on the device without waiting
-    host_hits          loads from host memory to the device
-    disk_loads         adapters read from disk again after they were published
-    device_evictions   adapters whose pages made room for another's
-    host_evictions     adapters that left host memory for another
-    failures           loads that failed
-    loads_in_progress  loads that are queued or running
-    num_published      names
-    num_on_host        versions in host memory, of host_bytes in all
-    host_capacity_bytes  the bound of host_bytes
-    pool               the device tier
-    """
-
-    device_hits: int
-    host_hits: int
-    disk_loads: int
-    device_evictions: int
-    host_evictions: int
-    failures: int
-    loads_in_progress: int
-    num_published: int
-    num_on_host: int
-    host_bytes: int
-    host_capacity_bytes: int
-    pool: PoolStats
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """One version, by digest: the same content under two names is one entry."""
-
-    digest: str
-    sources: dict[str, Path] = field(default_factory=dict)  # name -> folder it can be read from
-    is_named: bool = True  # False once every name moved on; the last source then stays
-    adapter: Adapter | None = None  # the host tier
-    host_bytes: int = 0
-    resident: Resident | None = None  # the device tier
-    num_uses: int = 0  # running requests; never evicted above 0
-    num_bound: int = 0  # requests that may still come to acquire it
-    is_wanted: bool = False  # an acquire waits for it; once resident, this reserves it
-    is_prefetched: bool = False  # loaded ahead of its request: no other prefetch evicts it
-    is_loading: bool = False
-    failure: str | None = None  # for the next acquire to raise
-    refused_at: int | None = None  # the cache's epoch when the pool had no room for it
 
 
 class AdapterCache:
@@ -114,9 +53,9 @@ class AdapterCache:
         self._on_change = on_change
         self._lock = Lock()  # held for bookkeeping only; guards everything below
         self._published: dict[str, tuple[AdapterVersion, AdapterSummary]] = {}
-        self._entries: dict[str, _Entry] = {}
-        self._idle: OrderedDict[str, _Entry] = OrderedDict()  # may be evicted; oldest use first
-        self._host: OrderedDict[str, _Entry] = OrderedDict()  # oldest use first
+        self._entries: dict[str, Entry] = {}
+        self._idle: OrderedDict[str, Entry] = OrderedDict()  # may be evicted; oldest use first
+        self._host: OrderedDict[str, Entry] = OrderedDict()  # oldest use first
         self._host_bytes = 0
         # Counts the moments at which room may have appeared, so that a load which found none is
         # tried again only when that can make a difference.
@@ -139,24 +78,14 @@ class AdapterCache:
         A version that the name stood for before lives on while requests need it. Raises
         AdapterInvalidError, and then leaves the name as it was.
         """
-        if not _NAME.fullmatch(name):
-            raise AdapterInvalidError(
-                f"{name!r} cannot name an adapter: a name has 1 to 128 of A-Z, a-z, 0-9, '.', '_' "
-                "and '-', and begins with a letter or a digit",
-                param="name",
-            )
-        if name == self._layout.name:
-            raise AdapterInvalidError(
-                f"{name!r} cannot name an adapter: it is the name of the base; choose another",
-                param="name",
-            )
+        check_name(name, self._layout.name)
         adapter = read_adapter(path, self._layout, name=name)
         self._pool.check(adapter)
         version, summary = AdapterVersion(name, adapter.digest), summarise(adapter)
         host_bytes = _host_bytes_of(adapter)
         with self._lock:
             previous = self._published.get(name)
-            entry = self._entries.setdefault(version.digest, _Entry(version.digest))
+            entry = self._entries.setdefault(version.digest, Entry(version.digest))
             if not entry.is_named:
                 entry.sources.clear()
             entry.is_named = True
@@ -301,7 +230,7 @@ class AdapterCache:
 
     # The rest of the public calls' work, with the lock held.
 
-    def _entry(self, version: AdapterVersion) -> _Entry:
+    def _entry(self, version: AdapterVersion) -> Entry:
         entry = self._entries.get(version.digest)
         if entry is None:
             raise AdapterUnavailableError(
@@ -318,18 +247,18 @@ class AdapterCache:
             entry.is_named = False
             self._settle(entry)
 
-    def _start_load(self, entry: _Entry) -> None:
+    def _start_load(self, entry: Entry) -> None:
         entry.is_loading = True
         self._loads_in_progress += 1
         self._jobs.put(partial(self._load, entry))
 
-    def _rest(self, entry: _Entry) -> None:
+    def _rest(self, entry: Entry) -> None:
         """If nobody uses or awaits a resident any more, it may be evicted, after all others."""
         if entry.resident is not None and entry.num_uses == 0 and not entry.is_wanted:
             self._idle[entry.digest] = entry
             self._epoch += 1
 
-    def _settle(self, entry: _Entry) -> None:
+    def _settle(self, entry: Entry) -> None:
         """Forget a version without a name as soon as nobody needs it."""
         is_needed = entry.num_uses or entry.num_bound or entry.is_wanted or entry.is_loading
         if entry.is_named or is_needed:
@@ -341,7 +270,7 @@ class AdapterCache:
         if entry.resident is not None:
             self._jobs.put(partial(self._discard, entry.resident))
 
-    def _keep_on_host(self, entry: _Entry, adapter: Adapter, host_bytes: int) -> None:
+    def _keep_on_host(self, entry: Entry, adapter: Adapter, host_bytes: int) -> None:
         if entry.adapter is None and host_bytes <= self._host_memory_bytes:
             entry.adapter, entry.host_bytes = adapter, host_bytes
             self._host[entry.digest] = entry
@@ -350,12 +279,12 @@ class AdapterCache:
             self._drop_from_host(next(iter(self._host.values())))
             self._host_evictions += 1
 
-    def _drop_from_host(self, entry: _Entry) -> None:
+    def _drop_from_host(self, entry: Entry) -> None:
         del self._host[entry.digest]
         entry.adapter = None
         self._host_bytes -= entry.host_bytes
 
-    def _evict(self, entry: _Entry) -> Resident | None:
+    def _evict(self, entry: Entry) -> Resident | None:
         """Take the least recently used adapter that this load may replace from the device."""
         for victim in self._idle.values():
             if entry.is_wanted or not victim.is_prefetched:
@@ -389,7 +318,7 @@ class AdapterCache:
         with self._lock:
             self._epoch += 1
 
-    def _load(self, entry: _Entry) -> None:
+    def _load(self, entry: Entry) -> None:
         """Bring an entry to the device, or note on it why that was not possible."""
         resident, failure, is_from_host = None, None, False
         try:
@@ -414,7 +343,7 @@ class AdapterCache:
             self._rest(entry)
             self._settle(entry)
 
-    def _adapter(self, entry: _Entry) -> tuple[Adapter, bool]:
+    def _adapter(self, entry: Entry) -> tuple[Adapter, bool]:
         """The entry's factors, and whether they were in host memory."""
         with self._lock:
             if entry.adapter is not None:
@@ -445,7 +374,7 @@ class AdapterCache:
             )
         raise AdapterUnavailableError("\n  ".join(problems))
 
-    def _place(self, entry: _Entry, staged: StagedAdapter) -> Resident | None:
+    def _place(self, entry: Entry, staged: StagedAdapter) -> Resident | None:
         """Place an adapter, evicting what may be evicted until it fits; None if it cannot now."""
         while True:
             with self._lock:

@@ -1,5 +1,6 @@
 """Where a tensor of an adapter file belongs, read from its key alone."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -32,6 +33,8 @@ _REASONS = {
     "experts": "adapts a mixture of experts, which no supported base has",
 }
 
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+
 _MAX_KEY_LENGTH = 160  # characters; real keys have less than 100
 
 
@@ -57,6 +60,21 @@ class FactorKey:
     def path_prefix(self) -> str | None:
         """What stands before `layers` in module_path."""
         return None if self.module_path is None else self.module_path.partition("layers.")[0]
+
+
+def check_name(name: str, base_name: str) -> None:
+    """Raise AdapterInvalidError if clients cannot call an adapter of the base by that name."""
+    if not _NAME.fullmatch(name):
+        raise AdapterInvalidError(
+            f"{name!r} cannot name an adapter: a name has 1 to 128 of A-Z, a-z, 0-9, '.', '_' "
+            "and '-', and begins with a letter or a digit",
+            param="name",
+        )
+    if name == base_name:
+        raise AdapterInvalidError(
+            f"{name!r} cannot name an adapter: it is the name of the base; choose another",
+            param="name",
+        )
 
 
 def shown(key: str) -> str:

@@ -96,7 +96,6 @@ class Engine:
         self._wake = wake
         self._inbox: deque[Request | str] = deque()  # requests, and ids of those to abort
         self._lock = threading.Lock()
-        self._num_open = 0  # submitted and not ended: only ever changed under the lock
         self._requests: dict[str, Request] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
         self._num_steps = 0
@@ -127,29 +126,31 @@ class Engine:
         """Whether requests are taken."""
         return self._ready.is_set() and self.is_alive and not self._stopping
 
-    def submit(self, request: Request) -> None:
-        """Queue a request.
+    def submit(self, *requests: Request) -> None:
+        """Queue requests, all of them or none.
 
         Raises QueueFullError when too many wait, ContextLengthError when the KV cache could never
-        hold it, EngineStoppedError when the engine does not run.
+        hold one, EngineStoppedError when the engine does not run.
         """
-        num_tokens = len(request.prompt_ids) + request.sampling.max_tokens
-        if num_tokens > self._kv_cache.max_tokens:
-            raise ContextLengthError(
-                f"the prompt's {len(request.prompt_ids)} tokens and max_tokens "
-                f"{request.sampling.max_tokens} exceed the {self._kv_cache.max_tokens} tokens that "
-                "the server's KV cache holds; shorten the prompt or lower max_tokens",
-                param="max_tokens",
-            )
+        for request in requests:
+            num_tokens = len(request.prompt_ids) + request.sampling.max_tokens
+            if num_tokens > self._kv_cache.max_tokens:
+                raise ContextLengthError(
+                    f"the prompt's {len(request.prompt_ids)} tokens and max_tokens "
+                    f"{request.sampling.max_tokens} exceed the {self._kv_cache.max_tokens} tokens "
+                    "that the server's KV cache holds; shorten the prompt or lower max_tokens",
+                    param="max_tokens",
+                )
         with self._lock:
             if not self.is_ready:
                 raise EngineStoppedError("the engine is not running; try another server")
-            if self._scheduler.num_waiting + len(self._inbox) >= self._max_queue:
+            if self._num_waiting + len(requests) > self._max_queue:
                 raise QueueFullError(
-                    f"{self._max_queue} requests are waiting already; try again later",
+                    f"{self._num_waiting} requests are waiting already, of {self._max_queue} that "
+                    "may; try again later",
                     retry_after_seconds=1,
                 )
-            self._inbox.append(request)
+            self._inbox.extend(requests)
         self._wake.set()
 
     def abort(self, request_id: str) -> None:
@@ -161,7 +162,7 @@ class Engine:
         """The figures of this moment."""
         return EngineStats(
             num_running=self._scheduler.num_running,
-            num_waiting=self._scheduler.num_waiting + len(self._inbox),
+            num_waiting=self._num_waiting,
             kv_blocks_used=self._kv_cache.num_used_blocks,
             kv_blocks_total=self._kv_cache.num_blocks,
             kv_memory_bytes=self._kv_memory_bytes,
@@ -170,6 +171,12 @@ class Engine:
             num_preemptions=self._scheduler.num_preemptions,
             num_steps=self._num_steps,
         )
+
+    @property
+    def _num_waiting(self) -> int:
+        """Requests in the queue and on the way to it."""
+        arriving = sum(isinstance(item, Request) for item in tuple(self._inbox))
+        return self._scheduler.num_waiting + arriving
 
     def _run(self) -> None:
         try:

@@ -16,10 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFast
 
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, PageTable
-from sharelora_serve.adapters.cache import AdapterCache, Waiting
+from sharelora_serve.adapters.cache import AdapterCache
 from sharelora_serve.adapters.format import read_adapter
 from sharelora_serve.adapters.layout import MODULES, BaseLayout
 from sharelora_serve.adapters.pool import MatrixPool
+from sharelora_serve.adapters.residency import Waiting
 from sharelora_serve.config import ServeConfig
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.kv_cache import KVCache
@@ -61,6 +62,7 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
     console = console or Console(quiet=True)
     folder = base_folder(config.model, console)
     model = load_model_config(folder)
+    tokenizer = _tokenizer(folder)
     max_model_len = _max_model_len(config, model)
     device = _device(config)
     dtype = _dtype(config, model, device)
@@ -103,11 +105,6 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
         adapters.close()
         raise
     runner = Runner(decoder, pool.arena, pages, device)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    if not isinstance(tokenizer, PreTrainedTokenizerFast):
-        raise UnsupportedModelError(
-            f"{folder} has no tokenizer.json; save the tokenizer as a fast one"
-        )
     eos_token_ids = _eos_token_ids(folder, model, tokenizer)
     logger.info(
         "base %s: %s, kernels %s, %s on %s, context %d, KV cache %d tokens",
@@ -147,6 +144,16 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
         prepare_thread=prepare_thread,
         wake=wake,
     )
+
+
+def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
+    if not (folder / "tokenizer.json").is_file():
+        raise UnsupportedModelError(
+            f"{folder} has no tokenizer.json; save the base's tokenizer there as a fast one"
+        )
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert isinstance(tokenizer, PreTrainedTokenizerFast), "tokenizer.json is a fast tokenizer's"
+    return tokenizer
 
 
 def _max_model_len(config: ServeConfig, model: ModelConfig) -> int:

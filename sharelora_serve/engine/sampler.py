@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.engine.request import Request, SamplingParams, TokenLogprobs
-from sharelora_serve.errors import InvalidRequestError, ServeError
+from sharelora_serve.errors import InvalidRequestError, SamplingError, ServeError
 
 # The weight of the likeliest token. A token below 2**-40 of it is never drawn; the weights of 2**23
 # tokens still sum below 2**63.
@@ -28,12 +28,6 @@ GREEDY_BELOW = 1e-5
 
 _ARGMAX_BLOCK = 256
 _RANDOM_BITS = 64
-
-
-class SamplingError(ServeError):
-    """The model gave one request logits that are not finite; the rest of the batch goes on."""
-
-    code = "sampling_failed"
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
-from sharelora_serve.adapters.cache import Waiting
+from sharelora_serve.adapters.residency import Waiting
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.request import Request
 from sharelora_serve.errors import ServeError

@@ -1,5 +1,6 @@
 """A base's configuration: what the one decoder must know of a LLaMA-family model."""
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,13 +93,19 @@ def load_model_config(folder: Path) -> ModelConfig:
 
     Raises UnsupportedModelError, naming what is not supported and what is.
     """
-    config = AutoConfig.from_pretrained(folder)
-    architecture = (config.architectures or ["none"])[0]
+    path = folder / "config.json"
+    try:
+        architecture = (json.loads(path.read_bytes()).get("architectures") or ["none"])[0]
+    except (OSError, ValueError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{path} cannot be read: {error}; expected a Hugging Face model folder"
+        ) from error
     if architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
-            f"architecture {architecture!r} in {folder / 'config.json'} is not supported; "
+            f"architecture {architecture!r} in {path} is not supported; "
             f"supported are {', '.join(ARCHITECTURES)}"
         )
+    config = AutoConfig.from_pretrained(folder)
     problems = []
     if getattr(config, "quantization_config", None):
         problems.append(
@@ -112,9 +119,7 @@ def load_model_config(folder: Path) -> ModelConfig:
     if config.rope_parameters.get("partial_rotary_factor", 1.0) != 1.0:
         problems.append("partial_rotary_factor: only part of each head is rotated")
     if problems:
-        raise UnsupportedModelError(
-            f"{folder / 'config.json'} cannot be served:\n  " + "\n  ".join(problems)
-        )
+        raise UnsupportedModelError(f"{path} cannot be served:\n  " + "\n  ".join(problems))
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return ModelConfig(
         architecture=architecture,

@@ -14,9 +14,9 @@ class IncrementalDetokenizer:
     A token's text depends on its neighbours: a character may span tokens, and some tokenizers
     drop the space before the first word they decode. So every token is decoded together with the
     ones shown just before it (at first the end of the prompt), and what those alone decode to is
-    cut off. Nothing is shown while the text ends in the middle of a character. (One exception: where
-    a tokenizer falls back to bytes, one that is no UTF-8 makes all bytes just before it U+FFFD, and
-    those may be out already.)
+    cut off. Nothing is shown while the text ends in the middle of a character.
+    One exception: where a tokenizer falls back to bytes, one that is no UTF-8 turns all the bytes
+    just before it into U+FFFD, and those may be out already.
     The method is that of text-generation-inference and vLLM. The tokenizers library's DecodeStream
     does the same but raises where byte-fallback tokens change how their neighbours decode.
     """

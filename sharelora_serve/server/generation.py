@@ -105,8 +105,7 @@ class Generation:
 
     def submit(self) -> None:
         """Queue every choice. Raises what Engine.submit raises; `close` then frees the others."""
-        for request in self._requests:
-            self._context.engine.submit(request)
+        self._context.engine.submit(*self._requests)
         self._counts.prompt += self.num_prompt_tokens
 
     async def wait(self) -> None:

@@ -14,10 +14,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
-from sharelora_serve.adapters.cache import AdapterCache, Waiting
+from sharelora_serve.adapters.cache import AdapterCache
 from sharelora_serve.adapters.layout import MODULES, BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK
 from sharelora_serve.adapters.pool import MatrixPool
+from sharelora_serve.adapters.residency import Waiting
 
 LAYOUT = BaseLayout(
     "tiny",

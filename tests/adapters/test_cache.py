@@ -8,7 +8,7 @@ from threading import get_ident
 import pytest
 
 from sharelora_serve.adapters.adapter import PageTable
-from sharelora_serve.adapters.cache import Waiting
+from sharelora_serve.adapters.residency import Waiting
 from sharelora_serve.errors import (
     AdapterInvalidError,
     AdapterUnavailableError,

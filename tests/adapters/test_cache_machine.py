@@ -15,7 +15,7 @@ from hypothesis.stateful import (
 )
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
-from sharelora_serve.adapters.cache import Waiting
+from sharelora_serve.adapters.residency import Waiting
 from tests.adapters.shelves import Content, Shelf
 
 NAMES = ("red", "green", "blue")

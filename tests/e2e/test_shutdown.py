@@ -57,6 +57,7 @@ def test_running_requests_are_answered_and_new_ones_refused(
             httpx.get(f"{server.url}/health")
         assert server.wait() == 0
     assert "Traceback" not in server.log
+    assert server.log.endswith("Stopped.\n")
 
 
 def test_requests_that_take_too_long_fail_and_say_so(model_folder: Path, tmp_path: Path) -> None:
@@ -78,13 +79,3 @@ def test_requests_that_take_too_long_fail_and_say_so(model_folder: Path, tmp_pat
         assert server.wait() == 0
     assert answered.value.status_code == 503
     assert answered.value.code == streamed.value.code == "engine_stopped"
-
-
-def test_a_server_that_is_stopped_while_it_has_nothing_to_do_ends_cleanly(
-    model_folder: Path, tmp_path: Path
-) -> None:
-    with running_server(tmp_path / "log", "--model", str(model_folder)) as server:
-        server.terminate()
-        assert server.wait() == 0
-    assert "Traceback" not in server.log
-    assert server.log.endswith("Stopped.\n")

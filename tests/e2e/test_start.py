@@ -5,8 +5,6 @@ import shutil
 import socket
 from pathlib import Path
 
-import pytest
-
 from sharelora_serve.models.config import ARCHITECTURES
 from tests.e2e.adapter_folders import NAMES
 from tests.e2e.server_process import run_to_its_end, running_server
@@ -37,17 +35,13 @@ def test_a_folder_without_a_model(tmp_path: Path) -> None:
     assert "config.json" in refusal("--model", str(tmp_path))
 
 
-@pytest.mark.parametrize(
-    ("model_type", "architecture"), [("gpt2", "GPT2LMHeadModel"), ("bert", "BertForMaskedLM")]
-)
 def test_an_architecture_that_is_not_supported_is_named_with_those_that_are(
-    model_type: str, architecture: str, model_folder: Path, tmp_path: Path
+    model_folder: Path, tmp_path: Path
 ) -> None:
-    folder = changed_model(
-        model_folder, tmp_path / "model", model_type=model_type, architectures=[architecture]
-    )
+    changes = {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"]}
+    folder = changed_model(model_folder, tmp_path / "model", **changes)
     message = refusal("--model", str(folder))
-    for name in (architecture, *ARCHITECTURES):
+    for name in ("GPT2LMHeadModel", *ARCHITECTURES):
         assert name in message
 
 
@@ -87,7 +81,7 @@ def test_a_bad_adapter_is_told_and_the_others_are_served(
     folder = tmp_path / "adapters [of] many"
     shutil.copytree(adapters_folder, folder)
     (folder / NAMES[0] / "adapter_config.json").write_text("{")
-    arguments = ("--model", str(model_folder), "--adapters", str(folder))
+    arguments = ("--model", str(model_folder), "--adapters", str(folder), "--threads", "1")
     with running_server(tmp_path / "log", *arguments) as server, server.openai() as client:
         served = [model.id for model in client.models.list().data]
     assert served == [model_folder.name, *NAMES[1:]]

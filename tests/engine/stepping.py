@@ -13,9 +13,10 @@ import torch
 from transformers import AutoTokenizer
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
-from sharelora_serve.adapters.cache import AdapterCache, Waiting
+from sharelora_serve.adapters.cache import AdapterCache
 from sharelora_serve.adapters.format import read_adapter
 from sharelora_serve.adapters.pool import MatrixPool
+from sharelora_serve.adapters.residency import Waiting
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.merge import fold_adapter

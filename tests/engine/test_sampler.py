@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import RepetitionPenaltyLogitsProcessor
 
-from sharelora_serve.engine.sampler import SampledToken, SamplingError, apply_penalties
-from sharelora_serve.errors import InvalidRequestError
+from sharelora_serve.engine.sampler import SampledToken, apply_penalties
+from sharelora_serve.errors import InvalidRequestError, SamplingError
 from tests.engine.sampling_cases import (
     draw_logits,
     draw_tied_logits,

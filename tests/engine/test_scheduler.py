@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
-from sharelora_serve.adapters.cache import Waiting
+from sharelora_serve.adapters.residency import Waiting
 from sharelora_serve.engine import scheduler as scheduler_module
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.request import Request, SamplingParams
