@@ -29,11 +29,17 @@ TEXTS = (
     "<|im_start|>user\nWrite a function that adds two numbers.<|im_end|>\n<|im_start|>assistant\n",
     "def fibonacci(n: int) -> int:\n    if n < 2:\n        return n\n    return fibonacci(n - 1)",
 )
+SEED = 16
+"""Of the adapters: not fresh, since docs/performance.md states what is measured here."""
+
 NUM_LIKELY = 20
 """Tokens compared at each position for their log probability: those that sampling draws."""
 
-MAX_DIFFERENCE = {"float16": (0.05, 0.05), "bfloat16": (1.0, 1.0)}
-"""Of any logit, and of the log probability of a likely token, from float32's."""
+MAX_DIFFERENCE = {"float16": (0.15, 0.1), "bfloat16": (1.0, 0.6)}
+"""Of any logit, and of the log probability of a likely token, from float32's.
+
+Two to three times what is measured, since other processors round in another order.
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +52,12 @@ class Texts:
 
 
 @pytest.fixture(scope="module")
-def texts(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Texts:
+def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
     folder = embedded_base_folder()
     model, tokenizer = load_reference(folder), AutoTokenizer.from_pretrained(folder)
     adapters_folder = tmp_path_factory.mktemp("adapters")
     names = [name for name in OWNERS if name is not None]
-    adapters = write_adapters(adapters_folder, model, seed, strength=0.4, names=names)
+    adapters = write_adapters(adapters_folder, model, SEED, strength=0.4, names=names)
     asked: list[tuple[str | None, list[int]]] = []
     logits: list[Tensor] = []
     for owner in OWNERS:
@@ -121,7 +127,6 @@ def test_half_precision_stays_near_float32(
         f"average), log probabilities of likely tokens by up to {max_logprob:.2g}; "
         f"{num_same_choice} of {num_positions} greedy choices are the same"
     )
-    assert (max_logit, max_logprob) == (0, 0), measured
     logit_bound, logprob_bound = MAX_DIFFERENCE[dtype]
     assert max_logit < logit_bound, measured
     assert max_logprob < logprob_bound, measured

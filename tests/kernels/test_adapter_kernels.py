@@ -92,10 +92,9 @@ def test_row_has_the_same_bits_whatever_adapters_stand_beside_it(
                 assert same_bits(some, together[chosen]), f"{layout.name}, {fused}, {rows} rows"
 
 
-@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_base_row_beside_adapter_rows_has_the_bits_of_the_base_alone(
-    parts: str, dtype: torch.dtype, seed: int
+    dtype: torch.dtype, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layout in LAYOUTS.values():
@@ -105,9 +104,9 @@ def test_base_row_beside_adapter_rows_has_the_bits_of_the_base_alone(
         for fused in FUSED:
             weight = tenants.draw_weight(fused, generator, exact=False)
             x = torch.randn(40, weight.shape[1], generator=generator)
-            result = linear(PARTS[parts], tenants, x, weight, owners, tenants.place(0, fused))
+            result = linear(PARTS["cpu"], tenants, x, weight, owners, tenants.place(0, fused))
             alone = torch.full((40, -(-len(weight) // LANES) * LANES), float("nan"))
-            PARTS[parts].linear(x, packed(PARTS[parts], weight), NO_BIAS, alone)
+            PARTS["cpu"].linear(x, packed(PARTS["cpu"], weight), NO_BIAS, alone)
             assert same_bits(result[is_base], alone[is_base, : len(weight)])
 
 
@@ -146,10 +145,9 @@ def test_equal_adapters_under_two_page_tables_give_equal_bits(
         assert same_bits(result, result[:1].repeat(10, 1))
 
 
-@pytest.mark.parametrize("parts", PARTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_between_two_that_share_pages_are_not_taken_for_theirs(
-    parts: str, dtype: torch.dtype, seed: int
+    dtype: torch.dtype, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     for layout in LAYOUTS.values():
@@ -160,7 +158,7 @@ def test_rows_between_two_that_share_pages_are_not_taken_for_theirs(
                     weight = tenants.draw_weight(fused, generator)
                     x = small_integers(len(owners), weight.shape[1], generator=generator)
                     place = tenants.place(layer, fused)
-                    result = linear(PARTS[parts], tenants, x, weight, owners, place)
+                    result = linear(PARTS["cpu"], tenants, x, weight, owners, place)
                     expected = tenants.expected(x, weight, owners, layer, fused)
                     assert torch.equal(result, expected), f"{layout.name}, {fused}, {owners}"
 
