@@ -169,14 +169,15 @@ class CpuKernels:
         """Keys (layers, blocks, kv_heads, dim, 16), values (..., kv_heads, dim / 16, 16, 16).
 
         Both in blocks of 16 numbers that a product reads as packed weights; zeros, because what
-        is masked is still multiplied, by zero. Memory never used is never touched.
+        is masked is still multiplied, by zero. Every page of memory is written now: a machine that
+        has too little tells so at the start, and the process does not grow under load.
         """
         assert device.type == "cpu", "these kernels compute on a CPU"
         like = stored(torch.empty(0, dtype=dtype)).dtype
         parts = -(-head_dim // LANES)
         shape = (num_layers, num_blocks, num_kv_heads)
-        keys = np.zeros((*shape, parts * LANES, BLOCK_SIZE), like)
-        values = np.zeros((*shape, parts, BLOCK_SIZE, LANES), like)
+        keys = np.full((*shape, parts * LANES, BLOCK_SIZE), 0, like)
+        values = np.full((*shape, parts, BLOCK_SIZE, LANES), 0, like)
         return keys, values
 
     def layers(
