@@ -64,15 +64,14 @@ def throughput(
             return timelines, time.perf_counter() - start
 
     timelines, seconds = asyncio.run(run())
+    gaps_seen = [gap for timeline in timelines for gap in timeline.gaps]
     first = sorted(timeline.first_token_seconds for timeline in timelines)
     _show(
         adapters=num_adapters,
         streams=streams,
         tokens_per_second=round(requests * new_tokens / seconds, 1),
         first_token_p50_seconds=round(statistics.median(first), 3),
-        time_per_token_ms=round(
-            1000 * statistics.fmean(gap for t in timelines for gap in t.gaps), 2
-        ),
+        time_per_token_ms=round(1000 * statistics.fmean(gaps_seen), 2) if gaps_seen else None,
     )
 
 

@@ -14,7 +14,7 @@ import httpx
 from openai import OpenAI
 from prometheus_client.parser import text_string_to_metric_families
 
-START_SECONDS = 120.0
+START_SECONDS = 600.0
 SOON_SECONDS = 10.0
 
 COMMAND = (sys.executable, "-m", "sharelora_serve.cli", "serve", "--port", "0")
