@@ -127,7 +127,9 @@ class Shelf:
         return path
 
     def publish(self, name: str, content: Content) -> AdapterVersion:
-        return self.cache.publish(name, self.write(self.path(name, content), content))
+        """Publish it from its own folder, which is written once: a load may be reading it."""
+        path = self.path(name, content)
+        return self.cache.publish(name, path if path.exists() else self.write(path, content))
 
     def load(self, version: AdapterVersion) -> PageTable:
         """Acquire, as often as it takes; AssertionError if there is no room."""

@@ -1,8 +1,9 @@
 """An engine stepped by hand: what happens between two steps is for the test to say."""
 
+import functools
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +13,10 @@ import numpy as np
 import torch
 from transformers import AutoTokenizer
 
-from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
+from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, PageTable
 from sharelora_serve.adapters.cache import AdapterCache
 from sharelora_serve.adapters.format import read_adapter
+from sharelora_serve.adapters.pages import PoolFullError
 from sharelora_serve.adapters.pool import MatrixPool
 from sharelora_serve.adapters.residency import Waiting
 from sharelora_serve.engine.engine import Engine
@@ -30,6 +32,7 @@ from sharelora_serve.engine.request import (
 from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.sampler import Sampler
 from sharelora_serve.engine.scheduler import Scheduler
+from sharelora_serve.errors import AdapterInvalidError
 from sharelora_serve.kernels.batch import BLOCK_SIZE
 from sharelora_serve.kernels.cpu import CpuKernels
 from sharelora_serve.models.config import load_model_config
@@ -130,10 +133,35 @@ class TinyModel:
             max_tokens=MAX_BATCH_TOKENS,
         )
 
+    @functools.cache  # noqa: B019 - the few models of a test run may live as long as it does
+    def least_adapter_bytes(self, names: tuple[str, ...]) -> int:
+        """The smallest adapter memory that holds any one of these, beside a merged one."""
+        adapters = [
+            read_adapter(self.adapters_folder / name, self.layout, name=name) for name in names
+        ]
+        merged = [
+            read_adapter(self.adapters_folder / name, self.layout, name=name)
+            for name in (self.merged,)
+            if name is not None
+        ]
+        num_bytes = 16 * 1024
+        while not all(self._fit(num_bytes, [*merged, adapter]) for adapter in adapters):
+            num_bytes += 8 * 1024
+        return num_bytes
+
+    def _fit(self, num_bytes: int, adapters: list[Adapter]) -> bool:
+        pool = MatrixPool(num_bytes, self.layout.feature_counts, self.dtype, CPU)
+        try:
+            for adapter in adapters:
+                pool.add(adapter, self.layout)
+        except (PoolFullError, AdapterInvalidError):
+            return False
+        return True
+
     @contextmanager
     def engine(
         self,
-        names: list[str],
+        names: Sequence[str],
         *,
         num_blocks: int = MAX_BLOCKS,
         adapter_bytes: int = ROOMY_BYTES,
