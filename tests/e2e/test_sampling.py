@@ -86,10 +86,24 @@ def test_penalties_end_a_repetition(client: OpenAI, codec: TextCodec) -> None:
     by_frequency = answer(client, **forced, frequency_penalty=2.0)
     assert by_frequency.startswith(" red red")
     assert 2 <= by_frequency.count(" red") < 24
-    weak = {"logit_bias": {str(red): 11}, "max_tokens": 24}
-    assert answer(client, **weak, presence_penalty=2.0).count(" red") <= answer(
-        client, **weak, presence_penalty=-2.0
-    ).count(" red")
+
+
+def test_presence_penalties_change_the_choice_only_for_tokens_that_were_there(
+    client: OpenAI, codec: TextCodec
+) -> None:
+    (red,) = codec.encode(" red", add_special_tokens=False)
+    body = {"logit_bias": {str(red): 11}, "max_tokens": 24}
+
+    def tokens(presence_penalty: float) -> list[str]:
+        logprobs = choice(client, **body, logprobs=0, presence_penalty=presence_penalty).logprobs
+        assert logprobs is not None
+        return logprobs.tokens or []
+
+    plain, lowered, raised = tokens(0.0), tokens(2.0), tokens(-2.0)
+    for other, seen in ((lowered, plain), (raised, raised)):
+        differs = [at for at in range(24) if plain[at : at + 1] != other[at : at + 1]]
+        if differs:  # a penalty dethrones a token that was there, a negative one crowns it
+            assert seen[differs[0]] in seen[: differs[0]]
 
 
 def test_a_repetition_penalty_keeps_tokens_of_prompt_and_answer_from_coming_again(
