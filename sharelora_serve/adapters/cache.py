@@ -326,7 +326,9 @@ class AdapterCache:
             resident = self._place(entry, self._pool.stage(adapter, self._layout))
         except Exception as error:  # whatever it was, it fails this adapter's requests only
             reason = error.message if isinstance(error, ServeError) else repr(error)
-            failure = f"adapter {next(iter(entry.sources))!r} could not be loaded: {reason}"
+            with self._lock:  # publish may be replacing the sources
+                name = next(iter(entry.sources), entry.digest[:12])
+            failure = f"adapter {name!r} could not be loaded: {reason}"
             logger.warning(failure)
         with self._lock:
             entry.is_loading = False

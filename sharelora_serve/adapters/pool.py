@@ -131,6 +131,7 @@ class MatrixPool:
         self._factors: dict[_FactorKey, _Factor] = {}
         self._residents: set[Resident] = set()
         self._num_used = 0  # elements of live pages
+        self._num_pinned = Counter[int]()  # pages, by width, that are never free again
         self._num_expanded = 0
         # Adds take turns, so that no add finds a factor that another has yet to write; the second
         # lock is held for bookkeeping only, so that releases and stats never wait for a copy.
@@ -141,6 +142,12 @@ class MatrixPool:
         """The arena as the pages of one width: (num_pages, PAGE_RANK, features), not a copy."""
         num_pages = self.arena.numel() // (PAGE_RANK * features)
         return self.arena[: num_pages * PAGE_RANK * features].view(num_pages, PAGE_RANK, features)
+
+    def pin(self, page_table: PageTable) -> None:
+        """Count on a resident never being released: `check` then refuses what fits only without."""
+        with self._lock:
+            (resident,) = (r for r in self._residents if r.page_table is page_table)
+            self._num_pinned += _page_counts(resident._factors)
 
     def add(self, adapter: Adapter, layout: BaseLayout) -> Resident:
         """Stage and place an adapter. Raises as `stage` and `place` do, then changes nothing."""
@@ -283,11 +290,13 @@ class MatrixPool:
     def _check_fits(self, counts: Mapping[int, int]) -> None:
         """Raise AdapterInvalidError if an empty pool of this size had no room."""
         try:
-            self._new_allocator().allocate(counts)
+            self._new_allocator().allocate(self._num_pinned + Counter(counts))
         except PoolFullError:
+            pinned = self._num_bytes(self._num_pinned)
+            beside = f" beside {pinned} for the merged adapter" if pinned else ""
             raise AdapterInvalidError(
                 f"the adapter needs {self._num_bytes(counts)} bytes of adapter memory, "
-                f"more than an empty pool of {self.arena.nbytes} bytes can give it; "
+                f"more than a pool of {self.arena.nbytes} bytes can give it{beside}; "
                 "raise --adapter-memory or lower the adapter's rank"
             ) from None
 

@@ -48,8 +48,11 @@ _WARM_UP_TOKENS = (1, 3, 40)
 
 @dataclass(frozen=True, slots=True)
 class _Merged:
+    """The adapter that is folded in, and its pages, which are never released."""
+
     version: AdapterVersion
     adapter: Adapter
+    pages: PageTable
 
 
 def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
@@ -75,8 +78,9 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
     pool = MatrixPool(config.adapter_memory, layout.feature_counts, dtype, device)
     adapters = AdapterCache(layout, pool, config.adapter_host_memory, on_change=wake.set)
     try:
-        _publish_all(adapters, config.adapters, console)
-        merged = _merged(adapters, config, layout)
+        # First: what the others may take is what it leaves.
+        merged = _merge(adapters, pool, config, layout, wake)
+        _publish_others(adapters, config, console)
         kv_cache, kv_memory_bytes = _kv_cache(config, model, kernels, dtype)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, console=console, transient=True) as progress:
@@ -100,11 +104,11 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
             kv_blocks=kv_cache.num_blocks + 1,  # and the padding block
             max_tokens=config.max_batch_tokens,
         )
-        pages = None if merged is None else (merged.version, _acquire(adapters, merged, wake))
     except BaseException:
         adapters.close()
         raise
-    runner = Runner(decoder, pool.arena, pages, device)
+    folded = None if merged is None else (merged.version, merged.pages)
+    runner = Runner(decoder, pool.arena, folded, device)
     eos_token_ids = _eos_token_ids(folder, model, tokenizer)
     logger.info(
         "base %s: %s, kernels %s, %s on %s, context %d, KV cache %d tokens",
@@ -203,11 +207,15 @@ def _kernels(config: ServeConfig, device: torch.device) -> Kernels:
     return CpuKernels()
 
 
-def _publish_all(adapters: AdapterCache, folder: Path | None, console: Console) -> None:
+def _adapter_folders(config: ServeConfig) -> list[Path]:
+    if config.adapters is None:
+        return []
+    return sorted(p for p in config.adapters.iterdir() if p.is_dir() and p.name[0] not in "._")
+
+
+def _publish_others(adapters: AdapterCache, config: ServeConfig, console: Console) -> None:
     """Give every subfolder's adapter its name; one that cannot be served is logged, not fatal."""
-    if folder is None:
-        return
-    paths = sorted(p for p in folder.iterdir() if p.is_dir() and p.name[0] not in "._")
+    paths = [path for path in _adapter_folders(config) if path.name != config.merge]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         for path in progress.track(paths, description="Reading the adapters"):
@@ -228,30 +236,33 @@ def _publish_all(adapters: AdapterCache, folder: Path | None, console: Console) 
             )
 
 
-def _merged(adapters: AdapterCache, config: ServeConfig, layout: BaseLayout) -> _Merged | None:
+def _merge(
+    adapters: AdapterCache,
+    pool: MatrixPool,
+    config: ServeConfig,
+    layout: BaseLayout,
+    wake: threading.Event,
+) -> _Merged | None:
+    """Publish the adapter that --merge names, and keep it on the device for good."""
     if config.merge == "off":
         return None
-    assert config.adapters is not None, "ServeConfig refuses merge without adapters"
-    versions = {version.name: version for version in adapters.versions()}
-    if config.merge not in versions:
-        served = ", ".join(sorted(versions)[:20]) or "no adapter at all"
+    folders = {path.name: path for path in _adapter_folders(config)}
+    if config.merge not in folders:
+        there = ", ".join(list(folders)[:20]) or "no adapter at all"
         raise ConfigurationError(
             f"merge = {config.merge!r}: there is no such adapter in {config.adapters}, which "
-            f"gives {served}"
+            f"gives {there}"
         )
-    adapter = read_adapter(config.adapters / config.merge, layout, name=config.merge)
-    if adapter.digest != versions[config.merge].digest:
-        raise ConfigurationError(f"{config.adapters / config.merge} changed while it was read")
-    return _Merged(versions[config.merge], adapter)
-
-
-def _acquire(adapters: AdapterCache, merged: _Merged, wake: threading.Event) -> PageTable:
-    """The merged adapter's pages, which are never released."""
+    version = adapters.publish(config.merge, folders[config.merge])
+    adapter = read_adapter(folders[config.merge], layout, name=config.merge)
+    if adapter.digest != version.digest:
+        raise ConfigurationError(f"{folders[config.merge]} changed while it was read")
     while True:
         wake.clear()
-        pages = adapters.acquire(merged.version)
+        pages = adapters.acquire(version)
         if not isinstance(pages, Waiting):
-            return pages
+            pool.pin(pages)
+            return _Merged(version, adapter, pages)
         wake.wait()
 
 

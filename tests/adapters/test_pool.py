@@ -341,6 +341,18 @@ def test_adapter_larger_than_the_pool_is_refused_for_good() -> None:
     assert_reads_back(pool, resident, small)
 
 
+def test_adapter_that_fits_only_without_a_pinned_one_is_refused_for_good() -> None:
+    pinned, other = make_adapter("LoRA", seed=1), make_adapter("LoRA", seed=2)
+    needed = MatrixPool(1 << 20, LAYOUT.feature_counts, torch.float32, "cpu").num_bytes_for(pinned)
+    pool = MatrixPool(needed * 3 // 2, LAYOUT.feature_counts, torch.float32, "cpu")
+    resident = pool.add(pinned, LAYOUT)
+    pool.check(other)  # it may come once the first has gone
+    pool.pin(resident.page_table)
+    with pytest.raises(AdapterInvalidError, match="for the merged adapter"):
+        pool.check(other)
+    pool.check(make_adapter("ShareAB", modules=("self_attn.q_proj",)))
+
+
 def test_pool_too_small_for_any_page_names_the_flag() -> None:
     with pytest.raises(ConfigurationError, match="--adapter-memory"):
         MatrixPool(1_000, LAYOUT.feature_counts, torch.float32, "cpu")
