@@ -94,7 +94,8 @@ class Engine:
         self._sampler = sampler
         self._prepare_thread = prepare_thread
         self._wake = wake
-        self._inbox: deque[Request | str] = deque()  # requests, and ids of those to abort
+        self._inbox: deque[Request] = deque()
+        self._aborted: deque[str] = deque()  # ids
         self._lock = threading.Lock()
         self._requests: dict[str, Request] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
@@ -155,7 +156,7 @@ class Engine:
 
     def abort(self, request_id: str) -> None:
         """Forget a request at the next step; nothing more is delivered. Unknown ids are fine."""
-        self._inbox.append(request_id)
+        self._aborted.append(request_id)
         self._wake.set()
 
     def stats(self) -> EngineStats:
@@ -175,8 +176,7 @@ class Engine:
     @property
     def _num_waiting(self) -> int:
         """Requests in the queue and on the way to it."""
-        arriving = sum(isinstance(item, Request) for item in tuple(self._inbox))
-        return self._scheduler.num_waiting + arriving
+        return self._scheduler.num_waiting + len(self._inbox)
 
     def _run(self) -> None:
         try:
@@ -199,14 +199,17 @@ class Engine:
                 self._deliver(request, [], error=stopped)
 
     def _take_inbox(self) -> None:
+        # Counted before the inbox is read: whoever aborts has submitted before.
+        num_aborted = len(self._aborted)
         while self._inbox:
-            item = self._inbox.popleft()
-            if isinstance(item, Request):
-                self._requests[item.request_id] = item
-                self._scheduler.add(item)
-            elif self._requests.pop(item, None) is not None:
-                self._scheduler.abort(item)
-                self._prompt_logprobs.pop(item, None)
+            request = self._inbox.popleft()
+            self._requests[request.request_id] = request
+            self._scheduler.add(request)
+        for _ in range(num_aborted):
+            request_id = self._aborted.popleft()
+            if self._requests.pop(request_id, None) is not None:
+                self._scheduler.abort(request_id)
+                self._prompt_logprobs.pop(request_id, None)
 
     def _step(self) -> bool:
         """Run one batch; False when there is nothing to run."""
