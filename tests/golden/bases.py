@@ -17,7 +17,13 @@ from sharelora_serve.kernels.batch import BLOCK_SIZE
 from sharelora_serve.models.config import load_model_config
 from sharelora_serve.models.embedded import embedded_base_folder
 from tests.golden.adapters import write_adapters
-from tests.golden.reference import ReferenceAnswer, folded, load_reference, reference_greedy
+from tests.golden.reference import (
+    ReferenceAnswer,
+    count_sound,
+    folded,
+    load_reference,
+    reference_greedy,
+)
 from tests.golden.serving import Case, Served, assert_equal, running_engine, serve_together
 from tests.tiny_models import write_tiny_model
 
@@ -160,6 +166,7 @@ def _reference(
         logits = model(
             input_ids=torch.tensor([case.prompt_ids + draft[:-1]]), logits_to_keep=case.num_tokens
         ).logits[0]
+        num_sound = count_sound(model, case.prompt_ids + draft[:-1], case.num_tokens)
     logprobs = logits.log_softmax(dim=-1)
     token_ids: list[int] = logprobs.argmax(dim=-1).tolist()
     for step in range(case.num_tokens - 1):
@@ -169,9 +176,11 @@ def _reference(
                 model, adapter, case.prompt_ids + found, case.num_tokens - len(found)
             )
             return ReferenceAnswer(
-                found + rest.token_ids, torch.cat([logprobs[: step + 1], rest.logprobs])
+                found + rest.token_ids,
+                torch.cat([logprobs[: step + 1], rest.logprobs]),
+                min(num_sound, step + 1),
             )
-    return ReferenceAnswer(token_ids, logprobs)
+    return ReferenceAnswer(token_ids, logprobs, num_sound)
 
 
 QUESTION = (

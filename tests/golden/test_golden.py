@@ -57,7 +57,7 @@ def test_no_adapter_could_be_mistaken_for_the_base_or_another(base: Base) -> Non
             difference = (reference.logprobs[0] - other.logprobs[0]).abs().max()
             assert difference > 1000 * TOLERANCE
     unlike_base = [answer.token_ids != shared[0].token_ids for answer in shared[1:]]
-    assert sum(unlike_base) > 0.9 * len(FORMS)
+    assert sum(unlike_base) > len(FORMS) / 2
 
 
 def test_every_form_beside_all_others_and_the_base_gives_the_tokens_of_its_folded_model(
