@@ -124,7 +124,7 @@ class MatrixPool:
                 f"give --adapter-memory at least {smallest} bytes, such as 512MiB"
             )
         self.dtype = dtype
-        self.arena = torch.empty(num_elements, dtype=dtype, device=device)
+        self.arena = _new_arena(num_elements, dtype, torch.device(device))
         self._feature_counts = sorted(set(feature_counts))
         self._allocator = self._new_allocator()
         self.arena[: self._allocator.num_reserved].zero_()
@@ -381,3 +381,12 @@ def _lost_in_cast(name: str, original: Tensor, cast: Tensor) -> str | None:
 
 def _name_of(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def _new_arena(num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    if device.type != "cpu":
+        return torch.empty(num_elements, dtype=dtype, device=device)
+    # numpy asks for huge pages of memory, which torch does not: B streams through the caches, and
+    # the processor fetches ahead no further than a page.
+    memory = np.empty(num_elements * dtype.itemsize, np.uint8)
+    return torch.from_numpy(memory).view(dtype)

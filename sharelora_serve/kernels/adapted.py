@@ -10,22 +10,24 @@ import numba
 import numpy as np
 
 from sharelora_serve.kernels.batch import PAGE_RANK
-from sharelora_serve.kernels.product import add_product
-from sharelora_serve.kernels.vector import (
+from sharelora_serve.kernels.tiles import (
     CACHE_LINE,
     LANES,
-    make_dot_tile,
     make_product_tile,
-    to_float,
+    make_shrink_tile,
 )
+from sharelora_serve.kernels.vector import to_float
 
-_PIECE_ROWS = 8  # few enough that one long prompt occupies every core, enough to reuse a page
-_STRIP = 4  # blocks of outputs that one row is expanded on together
+_PIECE_ROWS = 6  # few enough that one long prompt occupies every core, enough to reuse a page
 
-_dot_three = make_dot_tile(3)
-_dot_two = make_dot_tile(2)
-_dot_one = make_dot_tile(1)
-_strip_more = make_product_tile(1, _STRIP, accumulate=True)
+# Rows times rank rows, and rows times blocks of outputs: as many sums as there are registers.
+_shrink_three = make_shrink_tile(3, 4)
+_shrink_two = make_shrink_tile(2, 4)
+_shrink_one = make_shrink_tile(1, 8)
+_expand_three = make_product_tile(3, 2, accumulate=True)
+_expand_two = make_product_tile(2, 2, accumulate=True)
+_expand_one = make_product_tile(1, 4, accumulate=True)
+_expand_block = make_product_tile(1, 1, accumulate=True)
 
 
 @numba.njit(nogil=True)
@@ -56,26 +58,26 @@ def _shrink(
     scale: Any,
     arena: Any,
     hidden: Any,
-    b_page: Any,
-    b_width: Any,
+    ahead: Any,
+    lines: Any,
 ) -> None:
     """hidden[:count, :8] = scale * x[first:first + count] A^T for one page of A.
 
-    The page of B that will follow is fetched meanwhile, its rank rows beside those of A.
+    The `lines` cache lines from element `ahead` of the arena on are fetched meanwhile.
     """
     width = x.shape[1]
-    lines = b_width * arena.itemsize // CACHE_LINE
-    for rank in range(PAGE_RANK):
-        start = (page * PAGE_RANK + rank) * width
-        ahead = (b_page * PAGE_RANK + rank) * b_width
-        row = 0
-        while count - row >= 3:
-            _dot_three(x, first + row, arena, start, width, hidden, row, rank, ahead, lines)
-            row += 3
-        if count - row == 2:
-            _dot_two(x, first + row, arena, start, width, hidden, row, rank, ahead, lines)
-        elif count - row == 1:
-            _dot_one(x, first + row, arena, start, width, hidden, row, rank, ahead, lines)
+    start = page * PAGE_RANK * width
+    middle = start + PAGE_RANK // 2 * width
+    row = 0
+    while count - row >= 3:
+        _shrink_three(x, first + row, arena, start, width, hidden, row, 0, ahead, lines)
+        _shrink_three(x, first + row, arena, middle, width, hidden, row, 4, ahead, 0)
+        row, lines = row + 3, 0
+    if count - row == 2:
+        _shrink_two(x, first + row, arena, start, width, hidden, row, 0, ahead, lines)
+        _shrink_two(x, first + row, arena, middle, width, hidden, row, 4, ahead, 0)
+    elif count - row == 1:
+        _shrink_one(x, first + row, arena, start, width, hidden, row, 0, ahead, lines)
     for row in range(count):
         for rank in range(PAGE_RANK):
             hidden[row, rank] *= scale
@@ -93,22 +95,54 @@ def _expand(
     column: Any,
 ) -> None:
     """out[first:first + count, column:column + width] += hidden times one page of B."""
-    start, at = page * PAGE_RANK * width, 0
-    while count == 1 and width - at >= _STRIP * LANES:
-        _strip_more(
-            hidden, 0, 0, arena, start + at, width, LANES, PAGE_RANK, out, first, column + at
-        )
-        at += _STRIP * LANES
+    start, row = page * PAGE_RANK * width, 0
+    while row < count:
+        rows, to, at = min(3, count - row), first + row, 0
+        if rows == 3:
+            while width - at >= 2 * LANES:
+                _expand_three(
+                    hidden, row, 0, arena, start + at, width, LANES, PAGE_RANK, out, to, column + at
+                )
+                at += 2 * LANES
+        elif rows == 2:
+            while width - at >= 2 * LANES:
+                _expand_two(
+                    hidden, row, 0, arena, start + at, width, LANES, PAGE_RANK, out, to, column + at
+                )
+                at += 2 * LANES
+        else:
+            while width - at >= 4 * LANES:
+                _expand_one(
+                    hidden, row, 0, arena, start + at, width, LANES, PAGE_RANK, out, to, column + at
+                )
+                at += 4 * LANES
+        for i in range(rows):
+            _expand_rest(hidden, row + i, arena, start, at, width, out, to + i, column)
+        row += rows
+
+
+@numba.njit(nogil=True)
+def _expand_rest(
+    hidden: Any,
+    row: Any,
+    arena: Any,
+    start: Any,
+    at: Any,
+    width: Any,
+    out: Any,
+    to: Any,
+    column: Any,
+) -> None:
+    """out[to, column + at:column + width] += hidden[row] times what is left of a page of B."""
     while width - at >= LANES:
-        add_product(
-            hidden, 0, 0, count, arena, start + at, width, PAGE_RANK, out, first, column + at
+        _expand_block(
+            hidden, row, 0, arena, start + at, width, LANES, PAGE_RANK, out, to, column + at
         )
         at += LANES
     for n in range(at, width):
-        for row in range(count):
-            for rank in range(PAGE_RANK):
-                factor = to_float(arena[start + rank * width + n])
-                out[first + row, column + n] += hidden[row, rank] * factor
+        for rank in range(PAGE_RANK):
+            factor = to_float(arena[start + rank * width + n])
+            out[to, column + n] += hidden[row, rank] * factor
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
@@ -136,8 +170,10 @@ def add_adapters(
         piece, module = task // num_modules, task % num_modules
         first, count, adapter = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2]
         column, width = columns[module], columns[module + 1] - columns[module]
+        lines = PAGE_RANK * width * arena.itemsize // CACHE_LINE
         hidden = np.empty((count, PAGE_RANK), np.float32)
         for p in range(offsets[adapter, entry + module], offsets[adapter, entry + module + 1]):
             a, b = np.int64(a_pages[p]), np.int64(b_pages[p])
-            _shrink(x, first, count, a, scaling[p], arena, hidden, b, width)
+            ahead = b * PAGE_RANK * width
+            _shrink(x, first, count, a, scaling[p], arena, hidden, ahead, lines)
             _expand(hidden, first, count, b, arena, width, out, column)

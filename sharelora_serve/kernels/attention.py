@@ -9,7 +9,8 @@ import numpy as np
 from sharelora_serve.kernels.batch import BLOCK_SIZE
 from sharelora_serve.kernels.elementwise import exp, norm_row
 from sharelora_serve.kernels.product import add_product, block_product
-from sharelora_serve.kernels.vector import LANES, from_float
+from sharelora_serve.kernels.tiles import LANES
+from sharelora_serve.kernels.vector import from_float
 
 
 @numba.njit(nogil=True, fastmath={"contract"})

@@ -18,7 +18,7 @@ from sharelora_serve.kernels.batch import BLOCK_SIZE, AdapterBatch, AttentionBat
 from sharelora_serve.kernels.elementwise import add_and_norm, embed, silu_and_multiply
 from sharelora_serve.kernels.layers import Buffers, LayerWeights
 from sharelora_serve.kernels.product import pack, product
-from sharelora_serve.kernels.vector import LANES
+from sharelora_serve.kernels.tiles import LANES
 
 _NO_BIAS = np.empty(0, np.float32)
 _NO_ROWS = np.empty(0, np.int32)

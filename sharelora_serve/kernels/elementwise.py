@@ -6,7 +6,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from sharelora_serve.kernels.vector import LANES, float_from_bits, to_float
+from sharelora_serve.kernels.tiles import LANES
+from sharelora_serve.kernels.vector import float_from_bits, to_float
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)

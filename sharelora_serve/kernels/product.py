@@ -8,7 +8,8 @@ from typing import Any
 import numba
 import numpy as np
 
-from sharelora_serve.kernels.vector import LANES, has_avx512, make_product_tile
+from sharelora_serve.kernels.tiles import LANES, make_product_tile
+from sharelora_serve.kernels.vector import has_avx512
 
 _WIDE = 2 if has_avx512() else 1
 """Neighbouring blocks that one tile of `product` computes."""

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels.vector import LANES
+from sharelora_serve.kernels.tiles import LANES
 from tests.kernels.batches import (
     DTYPES,
     FUSED,

@@ -1,0 +1,234 @@
+"""Tiles of products, as LLVM intrinsics for numba: sums that stay in registers throughout.
+
+Weights and factors are numbers as `vector` knows them; all else is float32, all is C-contiguous.
+Every output adds its products in an order that does not depend on the tile, each in one fused
+multiply-add: a row's result never depends on the rows beside it.
+"""
+
+from typing import Any
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from sharelora_serve.kernels.vector import FLOAT, alignment, array, element, fma, widen
+
+LANES = 16
+"""Outputs that one vector holds; packed weights are stored in blocks of as many outputs."""
+
+CACHE_LINE = 64
+"""Bytes that memory is read by."""
+
+_DOT_LANES = 8  # of a vector in dot products: one register of AVX2
+_FETCHES = 2  # cache lines per step of a dot product: more would wait for each other
+
+
+def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool) -> Any:
+    """An intrinsic for a few rows times a few blocks of outputs.
+
+    tile(x, x_row, x_column, weight, start, stride, apart, depth, out, out_row, out_column)
+    computes, for i < num_rows, j < num_blocks, lane l < LANES and w = start + j * apart,
+
+        out[out_row + i, out_column + j * LANES + l]
+            (+)= sum over k < depth of x[x_row + i, x_column + k] * weight[w + k * stride + l]
+
+    x       (rows, columns)   float32
+    weight  any shape         as stored; addressed by element
+    out     (rows, columns)   float32; added to when `accumulate`
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, row_at, column_at, _, start, stride, apart, depth, _, out_row, out_column = arguments
+        source, packed, target = (
+            array(context, builder, signature, arguments, at) for at in (0, 3, 8)
+        )
+        word = depth.type
+        rows = _rows(builder, source, num_rows, row_at, column_at)
+        blocks = [
+            builder.gep(packed.data, [builder.add(start, builder.mul(apart, word(j)))])
+            for j in range(num_blocks)
+        ]
+        outputs = _rows(builder, target, num_rows, out_row, out_column)
+        vector, lane = ir.VectorType(FLOAT, LANES), ir.IntType(32)
+        targets = [
+            builder.bitcast(builder.gep(row, [word(j * LANES)]), vector.as_pointer())
+            for row in outputs
+            for j in range(num_blocks)
+        ]
+        # LLVM keeps these in registers: nothing else takes their address.
+        sums = [cgutils.alloca_once(builder, vector) for _ in targets]
+        zero = ir.Constant(vector, [0.0] * LANES)
+        for target, place in zip(targets, sums, strict=True):
+            begin = builder.load(target, align=4) if accumulate else zero
+            builder.store(begin, place)
+        everywhere = ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
+        undefined = ir.Constant(vector, ir.Undefined)
+        multiply_add = fma(builder, vector)
+        with cgutils.for_range(builder, depth) as loop:
+            at = builder.mul(loop.index, stride)
+            columns = [
+                _load(builder, builder.gep(block, [at]), signature.args[3].dtype, LANES)
+                for block in blocks
+            ]
+            for i, row in enumerate(rows):
+                scalar = builder.load(builder.gep(row, [loop.index]))
+                first = builder.insert_element(undefined, scalar, lane(0))
+                spread = builder.shuffle_vector(first, undefined, everywhere)
+                for j, column in enumerate(columns):
+                    place = sums[i * num_blocks + j]
+                    terms = [spread, column, builder.load(place)]
+                    builder.store(builder.call(multiply_add, terms), place)
+        for target, place in zip(targets, sums, strict=True):
+            builder.store(builder.load(place), target, align=4)
+        return context.get_dummy_value()
+
+    @intrinsic
+    def tile(
+        typingctx: Any,
+        x: Any,
+        x_row: Any,
+        x_column: Any,
+        weight: Any,
+        start: Any,
+        stride: Any,
+        apart: Any,
+        depth: Any,
+        out: Any,
+        out_row: Any,
+        out_column: Any,
+    ) -> Any:
+        index = types.intp
+        product = (x, index, index, weight, index, index, index, index, out, index, index)
+        return types.void(*product), emit
+
+    return tile
+
+
+def make_shrink_tile(num_rows: int, num_ranks: int) -> Any:
+    """An intrinsic for the dot products of a few rows with a few rank rows.
+
+    tile(x, x_row, pages, start, depth, out, out_row, out_column, ahead, num_lines) computes, for
+    i < num_rows and j < num_ranks,
+
+        out[out_row + i, out_column + j]
+            = sum over k < depth of x[x_row + i, k] * pages[start + j * depth + k]
+
+    and on its way fetches up to `num_lines` cache lines from element `ahead` of `pages` on, which
+    the caller will read next: arithmetic hides memory.
+
+    x      (rows, depth)     float32
+    pages  any shape         as stored; addressed by element
+    out    (rows, columns)   float32
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        _, row_at, _, start, depth, _, out_row, out_column, ahead, num_lines = arguments
+        source, pages, target = (
+            array(context, builder, signature, arguments, at) for at in (0, 2, 5)
+        )
+        word, dtype = depth.type, signature.args[2].dtype
+        vector = ir.VectorType(FLOAT, _DOT_LANES)
+        multiply_add = fma(builder, vector)
+        rows = _rows(builder, source, num_rows, row_at, word(0))
+        ranks = [
+            builder.gep(pages.data, [builder.add(start, builder.mul(depth, word(j)))])
+            for j in range(num_ranks)
+        ]
+        outputs = _rows(builder, target, num_rows, out_row, out_column)
+        dots = [
+            (row, rank, output, j, cgutils.alloca_once(builder, vector))
+            for row, output in zip(rows, outputs, strict=True)
+            for j, rank in enumerate(ranks)
+        ]
+        for *_, place in dots:
+            builder.store(ir.Constant(vector, [0.0] * _DOT_LANES), place)
+        num_steps = builder.udiv(depth, word(_DOT_LANES))
+        following = builder.bitcast(builder.gep(pages.data, [ahead]), ir.IntType(8).as_pointer())
+        with cgutils.for_range(builder, num_steps) as loop:
+            for n in range(_FETCHES):
+                line = builder.add(builder.mul(loop.index, word(_FETCHES)), word(n))
+                with builder.if_then(builder.icmp_signed("<", line, num_lines)):
+                    byte = builder.mul(line, word(CACHE_LINE))
+                    _fetch(builder, builder.gep(following, [byte]))
+            at = builder.mul(loop.index, word(_DOT_LANES))
+            values = [
+                _load(builder, builder.gep(row, [at]), types.float32, _DOT_LANES) for row in rows
+            ]
+            for j, rank in enumerate(ranks):
+                factor = _load(builder, builder.gep(rank, [at]), dtype, _DOT_LANES)
+                for i, value in enumerate(values):
+                    place = dots[i * num_ranks + j][-1]
+                    total = builder.call(multiply_add, [value, factor, builder.load(place)])
+                    builder.store(total, place)
+        whole = builder.mul(num_steps, word(_DOT_LANES))
+        for row, rank, output, j, place in dots:
+            total = cgutils.alloca_once_value(builder, _sum_lanes(builder, builder.load(place)))
+            with cgutils.for_range_slice(builder, whole, depth, word(1)) as (k, _):
+                factor = _load(builder, builder.gep(rank, [k]), dtype, 0)
+                terms = [builder.load(builder.gep(row, [k])), factor, builder.load(total)]
+                builder.store(builder.call(fma(builder, FLOAT), terms), total)
+            builder.store(builder.load(total), builder.gep(output, [word(j)]))
+        return context.get_dummy_value()
+
+    @intrinsic
+    def tile(
+        typingctx: Any,
+        x: Any,
+        x_row: Any,
+        pages: Any,
+        start: Any,
+        depth: Any,
+        out: Any,
+        out_row: Any,
+        out_column: Any,
+        ahead: Any,
+        num_lines: Any,
+    ) -> Any:
+        index = types.intp
+        return types.void(x, index, pages, index, index, out, index, index, index, index), emit
+
+    return tile
+
+
+def _rows(builder: Any, matrix: Any, count: int, first: Any, column: Any) -> list[Any]:
+    """Pointers to `count` rows of a matrix, from `column` on."""
+    width = cgutils.unpack_tuple(builder, matrix.shape, 2)[1]
+    return [
+        element(builder, matrix.data, builder.add(first, first.type(i)), width, column)
+        for i in range(count)
+    ]
+
+
+def _load(builder: Any, pointer: Any, dtype: Any, lanes: int) -> Any:
+    """The float32 values of the stored numbers at `pointer`; one scalar for lanes == 0."""
+    stored = pointer.type.pointee
+    if lanes:
+        pointer = builder.bitcast(pointer, ir.VectorType(stored, lanes).as_pointer())
+    return widen(builder, builder.load(pointer, align=alignment(stored)), dtype, lanes)
+
+
+def _sum_lanes(builder: Any, total: Any) -> Any:
+    """The sum of a vector's lanes, halves on halves."""
+    lane, lanes = ir.IntType(32), total.type.count
+    while lanes > 1:
+        lanes //= 2
+        low, high = (
+            builder.shuffle_vector(
+                total, total, ir.Constant(ir.VectorType(lane, lanes), list(range(at, at + lanes)))
+            )
+            for at in (0, lanes)
+        )
+        total = builder.fadd(low, high)
+    return builder.extract_element(total, lane(0))
+
+
+def _fetch(builder: Any, pointer: Any) -> None:
+    """Bring a cache line nearer, without waiting for it."""
+    byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
+    prefetch = cgutils.get_or_insert_function(
+        builder.module,
+        ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]),
+        "llvm.prefetch.p0i8",
+    )
+    builder.call(prefetch, [pointer, flag(0), flag(3), flag(1)])  # to read, to keep, data
