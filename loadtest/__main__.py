@@ -1,4 +1,4 @@
-"""python -m loadtest adapters | throughput | gaps | memory; each prints one line of JSON."""
+"""python -m loadtest adapters | throughput | gaps | memory | pool; each measure prints JSON."""
 
 import asyncio
 import json

@@ -1,4 +1,6 @@
-"""Every error that a user, a client or a file can cause, with its HTTP status and OpenAI code.
+"""The errors that a user, a client or a file can cause, with HTTP status and OpenAI code.
+
+What only HTTP knows, such as a body that is no JSON, has its codes in the server package.
 
 ServeError
 ├── InvalidRequestError            400  invalid_request_error

@@ -33,8 +33,8 @@ logger = logging.getLogger(__name__)
 class AdapterCache:
     """The tiers above the adapters' folders, shared by server, engine and loader threads.
 
-    `publish`, `remove`, `resolve` and `describe` are the server's; the engine thread calls `bind`
-    to `unbind`, which never do file IO, hash or copy. All of them are thread-safe.
+    `publish`, `remove`, `resolve` and `describe` read files or look up names; what the engine
+    thread calls, `bind` to `prefetch`, never does file IO, hashes or copies. All are thread-safe.
     """
 
     def __init__(
@@ -366,13 +366,14 @@ class AdapterCache:
             try:
                 adapter = read_adapter(path, self._layout, name=name)
             except (ServeError, OSError) as error:
-                problems.append(f"{path} cannot be read any more: {error}")
+                logger.warning("%s cannot be read any more: %s", path, error)
+                problems.append(f"the folder of {name!r} cannot be read any more")
                 continue
             if adapter.digest == digest:
                 return adapter
             problems.append(
-                f"{path} changed on disk: it holds version {adapter.digest[:12]}, "
-                f"expected {digest[:12]}; publish it again under its name"
+                f"the folder of {name!r} changed on disk: it holds version "
+                f"{adapter.digest[:12]}, expected {digest[:12]}; restart the server to serve that"
             )
         raise AdapterUnavailableError("\n  ".join(problems))
 

@@ -208,7 +208,9 @@ def _check_shape(
             f"layer {place.layer}, but base {layout.name!r} has layers 0 to "
             f"{layout.num_layers - 1}; was it trained on another base?"
         )
-    if len(shape) != 2 or 0 in shape:
+    if len(shape) == 2 and 0 in shape:
+        raise AdapterInvalidError(f"shape {shape} is empty; train it with a rank of at least 1")
+    if len(shape) != 2:
         raise AdapterInvalidError(
             f"shape {shape}, expected a matrix; gather sharded parameters (ZeRO-3, FSDP) and "
             "save it again"

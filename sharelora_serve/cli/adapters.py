@@ -107,10 +107,10 @@ def inspect_adapters(
             _show(json.dumps(together.as_json(), indent=2))
         elif len(paths) == 1:
             for report in together.reports:
-                _show(_one_table(report, layout.name))
+                _show(_one(report, layout.name))
         elif together.reports:
             _show(_row_table(together.reports))
-            _show(_together_table(together))
+            _show(_all_together(together))
         if problems:
             raise ServeError("\n".join(problems))
 
@@ -254,9 +254,9 @@ class _Together:
         }
 
 
-def _one_table(report: _Report, base: str) -> Table:
+def _one(report: _Report, base: str) -> str:
     summary = report.summary
-    return _pairs_table(
+    return _pairs(
         ("adapter", report.name),
         ("digest", report.digest),
         ("base", f"{base} (fits)"),
@@ -291,8 +291,8 @@ def _row_table(reports: Iterable[_Report]) -> Table:
     return table
 
 
-def _together_table(together: _Together) -> Table:
-    return _pairs_table(
+def _all_together(together: _Together) -> str:
+    return _pairs(
         ("adapters that fit", f"{len(together.reports)} of base {together.base}"),
         ("distinct A", str(len(together.a))),
         ("distinct B", str(len(together.b))),
@@ -303,13 +303,10 @@ def _together_table(together: _Together) -> Table:
     )
 
 
-def _pairs_table(*rows: tuple[str, str]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    return table
+def _pairs(*rows: tuple[str, str]) -> str:
+    """One line for each; never broken, so that a digest can be copied."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
 
 
 def _ranks(summary: "AdapterSummary") -> str:

@@ -40,7 +40,7 @@ class KVCache:
         if num_blocks < 2:
             raise ConfigurationError(
                 f"the memory for the KV cache holds {num_blocks} blocks of {block_size} tokens; "
-                "at least 2 are needed, since one is padding: raise kv_memory",
+                "at least 2 are needed, since one is padding: raise --kv-memory",
                 param="kv_memory",
             )
         self.block_size = block_size

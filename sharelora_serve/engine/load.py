@@ -66,7 +66,6 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
     folder = base_folder(config.model, console)
     model = load_model_config(folder)
     tokenizer = _tokenizer(folder)
-    max_model_len = _max_model_len(config, model)
     device = _device(config)
     dtype = _dtype(config, model, device)
     kernels = _kernels(config, device)
@@ -82,6 +81,7 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
         merged = _merge(adapters, pool, config, layout, wake)
         _publish_others(adapters, config, console)
         kv_cache, kv_memory_bytes = _kv_cache(config, model, kernels, dtype)
+        max_model_len = _max_model_len(config, model, kv_cache.max_tokens)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("Loading the layers", total=model.num_layers)
@@ -92,7 +92,9 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
                 kernels,
                 device=device,
                 max_positions=max_model_len,
-                fold=fold_adapter(merged.adapter, dtype) if merged is not None else None,
+                fold=fold_adapter(config.merge, merged.adapter, dtype)
+                if merged is not None
+                else None,
                 on_layer=lambda layer: progress.update(task, completed=layer + 1),
             )
         decoder = Decoder(
@@ -160,13 +162,26 @@ def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _max_model_len(config: ServeConfig, model: ModelConfig) -> int:
+def _max_model_len(config: ServeConfig, model: ModelConfig, kv_tokens: int) -> int:
+    """What one request can have, prompt and answer together."""
     if config.max_model_len is None:
-        return model.max_model_len
+        if kv_tokens < model.max_model_len:
+            logger.warning(
+                "the context is %d tokens, not the base's %d: the KV cache holds no more; "
+                "raise --kv-memory",
+                kv_tokens,
+                model.max_model_len,
+            )
+        return min(kv_tokens, model.max_model_len)
     if config.max_model_len > model.max_model_len:
         raise ConfigurationError(
             f"max_model_len = {config.max_model_len}: base {config.base_name!r} was trained for "
             f"{model.max_model_len} tokens; should be at most that"
+        )
+    if config.max_model_len > kv_tokens:
+        raise ConfigurationError(
+            f"max_model_len = {config.max_model_len}: the KV cache holds {kv_tokens} tokens; "
+            "raise --kv-memory or lower --max-model-len"
         )
     return config.max_model_len
 
@@ -210,7 +225,8 @@ def _kernels(config: ServeConfig, device: torch.device) -> Kernels:
 def _adapter_folders(config: ServeConfig) -> list[Path]:
     if config.adapters is None:
         return []
-    return sorted(p for p in config.adapters.iterdir() if p.is_dir() and p.name[0] not in "._")
+    found = (path for path in config.adapters.iterdir() if path.name[0] not in "._")
+    return sorted(path for path in found if path.is_dir() or path.is_symlink())
 
 
 def _publish_others(adapters: AdapterCache, config: ServeConfig, console: Console) -> None:

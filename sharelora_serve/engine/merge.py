@@ -5,20 +5,36 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter, PageTable
+from sharelora_serve.errors import ConfigurationError
 from sharelora_serve.models.loader import Fold
 
+_MOST_GROWTH = {torch.float32: 1024.0}  # it has bits to spare
+_MOST_GROWTH_OF_HALVES = 2.0
 
-def fold_adapter(adapter: Adapter, dtype: torch.dtype) -> Fold:
+
+def fold_adapter(name: str, adapter: Adapter, dtype: torch.dtype) -> Fold:
     """W -> W + scaling * B A, with the factors as a pool of `dtype` holds them.
 
-    The others subtract the pool's factors again, so these and no finer ones are folded in.
+    The others subtract the pool's factors again, so these and no finer ones are folded in. What
+    they are left with is W as precise as the sum is: ConfigurationError where the sum is so much
+    larger than W that rounding it would change everybody's answers.
     """
+    limit = _MOST_GROWTH.get(dtype, _MOST_GROWTH_OF_HALVES)
 
     def fold(layer: int, module: str, weight: Tensor) -> Tensor:
         pair = adapter.pairs.get((layer, module))
         if pair is None:
             return weight
-        return weight + pair.scaling * (pair.b.to(dtype).float() @ pair.a.to(dtype).float())
+        folded = weight + pair.scaling * (pair.b.to(dtype).float() @ pair.a.to(dtype).float())
+        growth = float(folded.norm() / weight.norm())
+        if not growth <= limit:
+            finer = "" if dtype == torch.float32 else "with --dtype float32 or "
+            raise ConfigurationError(
+                f"merge = {name!r}: makes layer {layer}'s {module} {growth:.3g} times as large, "
+                f"beyond the {limit:g} times at which the base and the other adapters keep their "
+                f"precision in {str(dtype).removeprefix('torch.')}; serve {finer}without --merge"
+            )
+        return folded
 
     return fold
 

@@ -293,7 +293,7 @@ def _index(token_ids: Collection[int], device: torch.device) -> Tensor:
 _NOT_FINITE = (
     "the model's logits {place} are not finite (largest: {value}). The adapter or the base "
     "overflows in the type it is served in: check the adapter's weights, or serve with "
-    "--dtype float32"
+    "--dtype float32 if that is another"
 )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from sharelora_serve.errors import ServeError
 from sharelora_serve.server.ascii_json import AsciiJSONResponse, dump
 from sharelora_serve.server.errors import error_content
 from sharelora_serve.server.generation import Generation
@@ -88,7 +89,8 @@ class GenerationResponse(Response):
                 if generation.is_cancelled:
                     return None
         except Exception as error:
-            logger.warning("a stream failed after its first token", exc_info=error)
+            is_bug = not isinstance(error, ServeError)
+            logger.warning("a stream failed after its start: %s", error, exc_info=is_bug)
             await _send_body(send, _events([error_content(error)]) + DONE, more=False)
             return error
         await _send_body(send, events + _events(shape.last_chunks(generation)) + DONE, more=False)

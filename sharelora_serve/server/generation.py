@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from sharelora_serve.adapters.adapter import AdapterVersion
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.request import FinishReason, Request, RequestOutput, SamplingParams
-from sharelora_serve.errors import EngineStoppedError, ServeError
+from sharelora_serve.errors import ServeError
 from sharelora_serve.server.choice import Choice, ChoiceOptions
 from sharelora_serve.server.codec import TextCodec
 from sharelora_serve.server.mailbox import Mailbox
@@ -121,8 +121,6 @@ class Generation:
             if choice.finish_reason is FinishReason.ERROR:
                 assert choice.error is not None, "a failed request says why"
                 raise choice.error
-            if choice.finish_reason is FinishReason.ABORT:
-                raise EngineStoppedError("The server is shutting down; send the request again.")
 
     def cancel(self) -> None:
         """The client has gone: free everything at once, and wake whoever waits for news."""

@@ -77,5 +77,6 @@ def test_requests_that_take_too_long_fail_and_say_so(model_folder: Path, tmp_pat
         with pytest.raises(openai.InternalServerError) as answered:
             whole.result()
         assert server.wait() == 0
+    assert "Traceback" not in server.log
     assert answered.value.status_code == 503
     assert answered.value.code == streamed.value.code == "engine_stopped"

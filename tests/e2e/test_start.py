@@ -5,6 +5,9 @@ import shutil
 import socket
 from pathlib import Path
 
+import httpx
+from safetensors.torch import load_file, save_file
+
 from sharelora_serve.models.config import ARCHITECTURES
 from tests.e2e.adapter_folders import NAMES
 from tests.e2e.server_process import run_to_its_end, running_server
@@ -72,6 +75,49 @@ def test_every_wrong_setting_is_named_with_its_value(tmp_path: Path) -> None:
 def test_a_context_beyond_the_models_own(model_folder: Path) -> None:
     message = refusal("--model", str(model_folder), "--max-model-len", "4096")
     for part in ("4096", "512"):
+        assert part in message
+
+
+def test_a_context_beyond_the_kv_cache(model_folder: Path) -> None:
+    arguments = ("--model", str(model_folder), "--dtype", "float32", "--kv-memory", "420KiB")
+    message = refusal(*arguments, "--max-model-len", "512")
+    for part in ("512", "--kv-memory"):
+        assert part in message
+
+
+def test_a_kv_cache_that_holds_less_than_the_context_shortens_it(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    arguments = ("--model", str(model_folder), "--dtype", "float32", "--kv-memory", "420KiB")
+    with running_server(tmp_path / "log", *arguments) as server, server.openai() as client:
+        (model,) = client.models.list().data
+        answer = client.chat.completions.create(
+            model=model.id,
+            messages=[{"role": "user", "content": "hi"}],
+            extra_body={"ignore_eos": True},
+        )
+        listed = httpx.get(f"{server.url}/v1/models").json()["data"][0]["max_model_len"]
+    assert listed < 512
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == listed
+    assert f"the context is {listed} tokens" in server.log
+
+
+def test_a_merge_that_would_cost_the_base_its_precision(
+    model_folder: Path, adapters_folder: Path, tmp_path: Path
+) -> None:
+    folder = tmp_path / "adapters"
+    shutil.copytree(adapters_folder / NAMES[0], folder / "loud")
+    tensors = load_file(folder / "loud" / "adapter_model.safetensors")
+    save_file(
+        {key: tensor * 8 for key, tensor in tensors.items()},
+        folder / "loud" / "adapter_model.safetensors",
+    )
+    message = refusal(
+        *("--model", str(model_folder), "--adapters", str(folder), "--merge", "loud"),
+        *("--dtype", "float16"),
+    )
+    for part in ("'loud'", "times as large", "--dtype float32"):
         assert part in message
 
 
