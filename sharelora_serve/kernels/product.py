@@ -21,6 +21,7 @@ _MEDIUM = 8 if has_avx512() else 4
 _tall_wide = make_product_tile(_TALL, _WIDE, accumulate=False)
 _medium_wide = make_product_tile(_MEDIUM, _WIDE, accumulate=False)
 _four_wide = make_product_tile(4, _WIDE, accumulate=False)
+_three_wide = make_product_tile(3, _WIDE, accumulate=False)
 _two_wide = make_product_tile(2, _WIDE, accumulate=False)
 _one_wide = make_product_tile(1, _WIDE, accumulate=False)
 _six = make_product_tile(6, 1, accumulate=False)
@@ -41,7 +42,8 @@ def _wide_product(x: Any, weight: Any, block: Any, out: Any) -> None:
     rows, row, depth = x.shape[0], 0, weight.shape[1]
     size, column = depth * LANES, block * LANES
     start = block * size
-    while rows - row >= _TALL:
+    # Low tiles wait for their sums: rather two medium ones than a tall and a low one.
+    while rows - row >= _TALL and not 0 < rows - row - _TALL <= _TALL - _MEDIUM:
         _tall_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
         row += _TALL
     while rows - row >= _MEDIUM:
@@ -50,10 +52,11 @@ def _wide_product(x: Any, weight: Any, block: Any, out: Any) -> None:
     while rows - row >= 4:
         _four_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
         row += 4
-    while rows - row >= 2:
+    if rows - row == 3:
+        _three_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
+    elif rows - row == 2:
         _two_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
-        row += 2
-    if rows > row:
+    elif rows - row == 1:
         _one_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
 
 
