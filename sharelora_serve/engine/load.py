@@ -92,9 +92,7 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
                 kernels,
                 device=device,
                 max_positions=max_model_len,
-                fold=fold_adapter(config.merge, merged.adapter, dtype)
-                if merged is not None
-                else None,
+                fold=fold_adapter(merged.adapter, dtype) if merged is not None else None,
                 on_layer=lambda layer: progress.update(task, completed=layer + 1),
             )
         decoder = Decoder(

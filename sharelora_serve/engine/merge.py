@@ -12,7 +12,7 @@ _MOST_GROWTH = {torch.float32: 1024.0}  # it has bits to spare
 _MOST_GROWTH_OF_HALVES = 2.0
 
 
-def fold_adapter(name: str, adapter: Adapter, dtype: torch.dtype) -> Fold:
+def fold_adapter(adapter: Adapter, dtype: torch.dtype) -> Fold:
     """W -> W + scaling * B A, with the factors as a pool of `dtype` holds them.
 
     The others subtract the pool's factors again, so these and no finer ones are folded in. What
@@ -30,7 +30,7 @@ def fold_adapter(name: str, adapter: Adapter, dtype: torch.dtype) -> Fold:
         if not growth <= limit:
             finer = "" if dtype == torch.float32 else "with --dtype float32 or "
             raise ConfigurationError(
-                f"merge = {name!r}: makes layer {layer}'s {module} {growth:.3g} times as large, "
+                f"merge = {adapter.name!r}: makes layer {layer}'s {module} {growth:.3g} times as large, "
                 f"beyond the {limit:g} times at which the base and the other adapters keep their "
                 f"precision in {str(dtype).removeprefix('torch.')}; serve {finer}without --merge"
             )
