@@ -30,9 +30,9 @@ def fold_adapter(adapter: Adapter, dtype: torch.dtype) -> Fold:
         if not growth <= limit:
             finer = "" if dtype == torch.float32 else "with --dtype float32 or "
             raise ConfigurationError(
-                f"merge = {adapter.name!r}: makes layer {layer}'s {module} {growth:.3g} "
-                f"times as large, beyond the {limit:g} times at which the base and the other adapters keep their "
-                f"precision in {str(dtype).removeprefix('torch.')}; serve {finer}without --merge"
+                f"merge = {adapter.name!r}: makes layer {layer}'s {module} {growth:.3g} times as "
+                f"large, and beyond {limit:g} times {str(dtype).removeprefix('torch.')} would keep "
+                f"too little of the base for everybody else; serve {finer}without --merge"
             )
         return folded
 
