@@ -157,7 +157,7 @@ def poke(tensors: Tensors, key: str, value: float) -> None:
         ),
         (
             lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(0, 24)}),
-            [f"{Q}.lora_A.weight", "expected a matrix"],
+            [f"{Q}.lora_A.weight", "(0, 24) is empty", "at least 1"],
         ),
         (
             lambda t: t.update({f"{Q}.lora_A.weight": torch.ones(4, 24, dtype=torch.float64)}),

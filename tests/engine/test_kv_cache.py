@@ -63,7 +63,7 @@ def test_padding_block_is_never_handed_out() -> None:
 
 
 def test_memory_for_no_block_at_all_is_refused_by_the_settings_name() -> None:
-    with pytest.raises(ConfigurationError, match=r"1 blocks of 16 tokens.*kv_memory"):
+    with pytest.raises(ConfigurationError, match=r"1 blocks of 16 tokens.*--kv-memory"):
         KVCache(1)
 
 
