@@ -119,11 +119,11 @@ def _greedy(
         new_ids = prompt_ids if cache is None else token_ids[-1:]
         output = model(
             input_ids=torch.tensor([new_ids]),
-            past_key_values=cache,
+            cache=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = output.past_key_values
+        cache = output.cache
         logprobs.append(output.logits[0, -1].log_softmax(dim=-1))
         token_ids.append(int(logprobs[-1].argmax()))
     return ReferenceAnswer(token_ids, torch.stack(logprobs))
