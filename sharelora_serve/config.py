@@ -142,7 +142,7 @@ class ServeConfig(BaseSettings):
         None,
         ge=1,
         description="Longest prompt and answer together, in tokens, such as 2048; without it the "
-        "model's own context.",
+        "model's own context, or what the KV cache holds if that is less.",
     )
     max_running: int = Field(
         64, ge=1, description="Requests in the running batch, such as 64; the others wait."
