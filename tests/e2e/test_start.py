@@ -127,9 +127,11 @@ def test_a_bad_adapter_is_told_and_the_others_are_served(
     folder = tmp_path / "adapters [of] many"
     shutil.copytree(adapters_folder, folder)
     (folder / NAMES[0] / "adapter_config.json").write_text("{")
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
     arguments = ("--model", str(model_folder), "--adapters", str(folder), "--threads", "1")
     with running_server(tmp_path / "log", *arguments) as server, server.openai() as client:
         served = [model.id for model in client.models.list().data]
     assert served == [model_folder.name, *NAMES[1:]]
     assert f"{folder / NAMES[0]} is not served" in server.log
+    assert f"{folder / 'gone'} is not served" in server.log
     assert f"the adapters in {folder} at http://" in server.log
