@@ -93,7 +93,25 @@ class ServeConfig(BaseSettings):
     adapters: Path | None = Field(
         None,
         description="Folder whose subfolders are adapters, such as ./adapters; each is served "
-        "under its subfolder's name. Without it only the base is served.",
+        "under its subfolder's name, changes within two seconds. Without it what the store holds "
+        "is served.",
+    )
+    store: Path | None = Field(
+        None,
+        description="Folder for what was published, such as /var/lib/sharelora; a restart finds "
+        "it there. Without it a folder of the base's name in "
+        "$XDG_DATA_HOME/sharelora-serve, else ~/.local/share/sharelora-serve.",
+    )
+    adapter_versions: int = Field(
+        10,
+        ge=1,
+        description="Versions kept of each adapter, such as 10, to roll back to; older ones are "
+        "deleted.",
+    )
+    max_adapter_bytes: Size = Field(
+        512 * 1024**2,
+        description="Largest upload of an adapter, and what it may unpack to, such as 512MiB; "
+        "larger ones get a 413.",
     )
     host: str = Field(
         "127.0.0.1",
@@ -206,10 +224,6 @@ class ServeConfig(BaseSettings):
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:
         problems = []
-        if self.merge != "off" and self.adapters is None:
-            problems.append(
-                f"merge = {self.merge!r}: needs the adapter's folder; set adapters as well"
-            )
         if self.kernels == "cpu" and self.device == "cuda":
             problems.append("kernels = 'cpu': should be auto or reference with device = 'cuda'")
         if self.max_running > self.max_batch_tokens:
@@ -235,6 +249,14 @@ class ServeConfig(BaseSettings):
             return EMBEDDED_MODEL_NAME
         folder = Path(self.model)
         return folder.resolve().name if folder.is_dir() else folder.name
+
+    @property
+    def store_folder(self) -> Path:
+        """The folder of the durable store."""
+        if self.store is not None:
+            return self.store
+        data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
+        return data / "sharelora-serve" / re.sub(r"[^\w.-]", "_", self.base_name)
 
     @property
     def num_threads(self) -> int:

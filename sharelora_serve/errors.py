@@ -7,9 +7,14 @@ ServeError
 │   ├── ContextLengthError         400  context_length_exceeded
 │   └── AdapterInvalidError        400  adapter_invalid
 ├── ModelNotFoundError             404  model_not_found
+├── RequestTimeoutError            408  request_timeout
+├── AdapterExistsError             409  adapter_exists
+├── PinsFullError                  409  pins_full
+├── VersionMismatchError           412  version_mismatch
 ├── RequestTooLargeError           413  request_too_large
 ├── QueueFullError                 429  queue_full
 ├── AdapterUnavailableError        503  adapter_unavailable
+├── StorageError                   503  storage_failed
 ├── EngineStoppedError             503  engine_stopped
 ├── SamplingError                  500  sampling_failed
 ├── UnsupportedModelError          (at start only)
@@ -18,16 +23,29 @@ ServeError
 
 
 class ServeError(Exception):
-    """An error with a message for the person who caused it; `param` names the field at fault."""
+    """An error with a message for the person who caused it.
+
+    param                the field at fault
+    retry_after_seconds  when the same request may succeed
+    """
 
     status = 500
     error_type = "server_error"
     code = "internal_error"
 
-    def __init__(self, message: str, *, param: str | None = None) -> None:
+    retry_after_seconds: float | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.param = param
+        self.retry_after_seconds = retry_after_seconds
 
 
 class InvalidRequestError(ServeError):
@@ -58,6 +76,38 @@ class ModelNotFoundError(ServeError):
     code = "model_not_found"
 
 
+class RequestTimeoutError(ServeError):
+    """The client stopped sending its request."""
+
+    status = 408
+    error_type = "invalid_request_error"
+    code = "request_timeout"
+
+
+class AdapterExistsError(ServeError):
+    """A name is taken by another adapter."""
+
+    status = 409
+    error_type = "invalid_request_error"
+    code = "adapter_exists"
+
+
+class PinsFullError(ServeError):
+    """No more adapters may be pinned to the device."""
+
+    status = 409
+    error_type = "invalid_request_error"
+    code = "pins_full"
+
+
+class VersionMismatchError(ServeError):
+    """An adapter is no longer at the version that If-Match names."""
+
+    status = 412
+    error_type = "invalid_request_error"
+    code = "version_mismatch"
+
+
 class RequestTooLargeError(ServeError):
     """The request's body is larger than the server accepts."""
 
@@ -67,15 +117,11 @@ class RequestTooLargeError(ServeError):
 
 
 class QueueFullError(ServeError):
-    """Too many requests are waiting; try again after `retry_after_seconds`."""
+    """Too many requests are waiting, or too many uploads are under way."""
 
     status = 429
     error_type = "rate_limit_error"
     code = "queue_full"
-
-    def __init__(self, message: str, *, retry_after_seconds: int) -> None:
-        super().__init__(message)
-        self.retry_after_seconds = retry_after_seconds
 
 
 class AdapterUnavailableError(ServeError):
@@ -83,6 +129,13 @@ class AdapterUnavailableError(ServeError):
 
     status = 503
     code = "adapter_unavailable"
+
+
+class StorageError(ServeError):
+    """The store could not be written or read: a full disk, missing rights, a damaged file."""
+
+    status = 503
+    code = "storage_failed"
 
 
 class EngineStoppedError(ServeError):

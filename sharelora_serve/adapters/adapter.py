@@ -12,11 +12,19 @@ from torch import Tensor
 class AdapterVersion:
     """One immutable version of a named adapter; a request is bound to it until it ends.
 
-    digest is the identity (see Adapter.digest); the name is what clients call it.
+    name    what the log calls it: `owner/name` for a tenant's
+    digest  what it computes (see Adapter.digest)
+    owner   the tenant whose it is; None for a public adapter
     """
 
     name: str
     digest: str
+    owner: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The identity. Content alone is not: what one tenant does must not show to another."""
+        return f"{self.owner or ''}/{self.digest}"
 
 
 @dataclass(frozen=True, slots=True)

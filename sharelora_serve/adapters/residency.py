@@ -1,10 +1,9 @@
 """Where one version of an adapter is, and what the whole cache says of itself."""
 
-from dataclasses import dataclass, field
-from enum import Enum, auto
-from pathlib import Path
+from dataclasses import dataclass
+from enum import Enum, StrEnum, auto
 
-from sharelora_serve.adapters.adapter import Adapter
+from sharelora_serve.adapters.adapter import Adapter, AdapterVersion
 from sharelora_serve.adapters.pool import PoolStats, Resident
 
 
@@ -15,18 +14,26 @@ class Waiting(Enum):
     NO_ROOM = auto()  # everything on the device is used by running requests or reserved
 
 
+class Tier(StrEnum):
+    """The fastest place that holds a version."""
+
+    DEVICE = "device"
+    HOST = "host"
+    DISK = "disk"
+
+
 @dataclass(frozen=True, slots=True)
 class CacheStats:
     """Counters since the start, and what each tier holds at this moment.
 
     device_hits        acquires that found the adapter on the device without waiting
     host_hits          loads from host memory to the device
-    disk_loads         adapters read from disk again after they were published
+    disk_loads         adapters read from disk to host memory
     device_evictions   adapters whose pages made room for another's
     host_evictions     adapters that left host memory for another
     failures           loads that failed
     loads_in_progress  loads that are queued or running
-    num_published      names
+    num_pinned         versions that stay on the device
     num_on_host        versions in host memory, of host_bytes in all
     host_capacity_bytes  the bound of host_bytes
     pool               the device tier
@@ -39,7 +46,7 @@ class CacheStats:
     host_evictions: int
     failures: int
     loads_in_progress: int
-    num_published: int
+    num_pinned: int
     num_on_host: int
     host_bytes: int
     host_capacity_bytes: int
@@ -48,11 +55,11 @@ class CacheStats:
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """One version, by digest: the same content under two names is one entry."""
+    """One version, by its key: the same content under two names of one owner is one entry."""
 
-    digest: str
-    sources: dict[str, Path] = field(default_factory=dict)  # name -> folder it can be read from
-    is_named: bool = True  # False once every name moved on; the last source then stays
+    version: AdapterVersion  # as the first of its names has it
+    num_names: int = 0  # names that stand for it now
+    num_pins: int = 0  # those of them that are pinned
     adapter: Adapter | None = None  # the host tier
     host_bytes: int = 0
     resident: Resident | None = None  # the device tier
@@ -61,5 +68,17 @@ class Entry:
     is_wanted: bool = False  # an acquire waits for it; once resident, this reserves it
     is_prefetched: bool = False  # loaded ahead of its request: no other prefetch evicts it
     is_loading: bool = False
-    failure: str | None = None  # for the next acquire to raise
     refused_at: int | None = None  # the cache's epoch when the pool had no room for it
+    failure: str | None = None  # of the last load
+    num_failures: int = 0  # in a row
+    retry_at: float = 0.0  # time.monotonic(); until then the failure stands
+
+    @property
+    def is_held(self) -> bool:
+        """Whether it must stay on the device if it is there."""
+        return self.num_uses > 0 or self.is_wanted or self.num_pins > 0
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether it must stay known."""
+        return self.is_held or self.num_names > 0 or self.num_bound > 0 or self.is_loading

@@ -1,8 +1,10 @@
 """What an adapter is made of, read from its factors and never from what its file says of itself."""
 
+import json
 from collections import defaultdict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Self
 
 from torch import Tensor
 
@@ -34,6 +36,18 @@ class AdapterSummary:
     num_factors: int
     stored_bytes: int
     expanded_bytes: int
+
+    def to_json(self) -> str:
+        """As `from_json` reads it."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """What `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(
+            **fields | {"ranks": tuple(fields["ranks"]), "modules": tuple(fields["modules"])}
+        )
 
 
 def summarise(adapter: Adapter) -> AdapterSummary:

@@ -74,9 +74,11 @@ class Engine:
         sampler: Sampler,
         prepare_thread: Callable[[], None],
         wake: threading.Event,
+        close: Callable[[], None],
     ) -> None:
         """Assemble an engine; `load_engine` makes the parts.
 
+        close           called last, when the engine is stopped
         wake            set whenever there may be work: by the adapter cache, and by submit
         prepare_thread  called first on the engine's thread
         """
@@ -94,6 +96,7 @@ class Engine:
         self._sampler = sampler
         self._prepare_thread = prepare_thread
         self._wake = wake
+        self._close = close
         self._inbox: deque[Request] = deque()
         self._aborted: deque[str] = deque()  # ids
         self._lock = threading.Lock()
@@ -115,7 +118,7 @@ class Engine:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
-        self.adapters.close()
+        self._close()
 
     @property
     def is_alive(self) -> bool:

@@ -8,7 +8,6 @@ from array import array
 from collections import Counter, OrderedDict
 from collections.abc import Iterable
 
-from sharelora_serve.adapters.adapter import AdapterVersion
 from sharelora_serve.engine.request import Request
 from sharelora_serve.errors import ConfigurationError
 
@@ -19,11 +18,12 @@ PADDING_BLOCK = 0
 class KVCache:
     """Blocks of `block_size` tokens, counted by reference and found again by content.
 
-    A full block's hash covers its tokens, all tokens before it and the digest of the adapter that
-    computed it, so equal hashes mean equal keys and values, and a new version under an old name
-    never meets the old one's. A freed block keeps its hash, and can be taken up again by content,
-    until its place is needed; the least recently freed goes first, and within one request the
-    tail before the head, since beginnings are what requests have in common.
+    A full block's hash covers its tokens, all tokens before it, the digest of the adapter that
+    computed it and the tenant it was computed for, so equal hashes mean equal keys and values, a
+    new version under an old name never meets the old one's, and no tenant meets another's. A freed
+    block keeps its hash, and can be taken up again by content, until its place is needed; the least
+    recently freed goes first, and within one request the tail before the head, since beginnings are
+    what requests have in common.
     Block tables and block hashes as in vLLM (arXiv 2309.06180, section 4).
 
     num_hit_tokens      tokens that match_prefix found in the cache, since the start
@@ -230,7 +230,7 @@ class KVCache:
         """
         start = len(hashes) * self.block_size
         token_ids = array("q", request.tokens(start, start + self.block_size))
-        previous = hashes[-1] if hashes else _chain_seed(request.adapter)
+        previous = hashes[-1] if hashes else _chain_seed(request)
         return hashlib.sha256(previous + token_ids.tobytes()).digest()
 
     def _refer(self, block: int) -> None:
@@ -248,8 +248,10 @@ class KVCache:
         return block
 
 
-def _chain_seed(adapter: AdapterVersion | None) -> bytes:
-    """What the first block's hash continues: who computes the keys and values."""
-    if adapter is None:
-        return b"base"
-    return hashlib.sha256(adapter.digest.encode()).digest()  # 32 bytes: never equal to b"base"
+def _chain_seed(request: Request) -> bytes:
+    """What the first block's hash continues: who computes the keys and values, and for whom.
+
+    Else a tenant could learn from the time to a first token what another had asked.
+    """
+    who = "base" if request.adapter is None else request.adapter.digest
+    return hashlib.sha256(f"{who} {request.tenant or ''}".encode()).digest()

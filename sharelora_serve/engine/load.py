@@ -5,7 +5,7 @@ import platform
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import llvmlite.binding as llvm
 import numba
@@ -17,10 +17,13 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedTokenizerFas
 
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, PageTable
 from sharelora_serve.adapters.cache import AdapterCache
-from sharelora_serve.adapters.format import read_adapter
+from sharelora_serve.adapters.folder import AdapterFolder
 from sharelora_serve.adapters.layout import MODULES, BaseLayout
 from sharelora_serve.adapters.pool import MatrixPool
+from sharelora_serve.adapters.reference import AdapterName
+from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.adapters.residency import Waiting
+from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.config import ServeConfig
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.kv_cache import KVCache
@@ -29,7 +32,7 @@ from sharelora_serve.engine.request import Request, RequestOutput, SamplingParam
 from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.sampler import Sampler
 from sharelora_serve.engine.scheduler import ScheduledRequest, Scheduler
-from sharelora_serve.errors import AdapterInvalidError, ConfigurationError, UnsupportedModelError
+from sharelora_serve.errors import ConfigurationError, ModelNotFoundError, UnsupportedModelError
 from sharelora_serve.kernels.batch import BLOCK_SIZE
 from sharelora_serve.kernels.cpu import CpuKernels
 from sharelora_serve.kernels.interface import Kernels
@@ -55,8 +58,18 @@ class _Merged:
     pages: PageTable
 
 
-def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
-    """Read the base and the adapters and assemble an engine, not started yet.
+class Loaded(NamedTuple):
+    """An engine, not started yet, and the names of the adapters that it serves.
+
+    The engine's `stop` closes both.
+    """
+
+    engine: Engine
+    registry: AdapterRegistry
+
+
+def load_engine(config: ServeConfig, console: Console | None = None) -> Loaded:
+    """Read the base and the adapters that changed, and assemble an engine.
 
     Progress goes to the console, if there is one. Adapters that cannot be served are logged and
     left out; the one that --merge names must be there.
@@ -75,11 +88,32 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
     layout = model.layout(config.base_name)
     wake = threading.Event()
     pool = MatrixPool(config.adapter_memory, layout.feature_counts, dtype, device)
-    adapters = AdapterCache(layout, pool, config.adapter_host_memory, on_change=wake.set)
+    store = AdapterStore(config.store_folder, layout)
+    adapters = AdapterCache(
+        layout,
+        pool,
+        config.adapter_host_memory,
+        lambda version: store.read(version.digest),
+        on_change=wake.set,
+    )
+    registry = AdapterRegistry(layout, store, pool, adapters, keep_versions=config.adapter_versions)
+    folder_of_adapters = (
+        None if config.adapters is None else AdapterFolder(config.adapters, registry)
+    )
+
+    def close() -> None:
+        if folder_of_adapters is not None:
+            folder_of_adapters.close()
+        registry.close()
+        adapters.close()
+        store.close()
+
     try:
         # First: what the others may take is what it leaves.
-        merged = _merge(adapters, pool, config, layout, wake)
-        _publish_others(adapters, config, console)
+        merged = _merge(config.merge, registry, folder_of_adapters, adapters, pool, wake)
+        if folder_of_adapters is not None:
+            _publish_folder(folder_of_adapters, console)
+            folder_of_adapters.start()
         kv_cache, kv_memory_bytes = _kv_cache(config, model, kernels, dtype)
         max_model_len = _max_model_len(config, model, kv_cache.max_tokens)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -105,7 +139,7 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
             max_tokens=config.max_batch_tokens,
         )
     except BaseException:
-        adapters.close()
+        close()
         raise
     folded = None if merged is None else (merged.version, merged.pages)
     runner = Runner(decoder, pool.arena, folded, device)
@@ -126,7 +160,7 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
         with torch.inference_mode():
             _warm_up(runner, layout, config.max_batch_tokens)
 
-    return Engine(
+    engine = Engine(
         base_name=config.base_name,
         tokenizer=tokenizer,
         vocab_size=model.vocab_size,
@@ -147,7 +181,9 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
         sampler=Sampler(model.vocab_size, eos_token_ids, device),
         prepare_thread=prepare_thread,
         wake=wake,
+        close=close,
     )
+    return Loaded(engine, registry)
 
 
 def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
@@ -220,57 +256,34 @@ def _kernels(config: ServeConfig, device: torch.device) -> Kernels:
     return CpuKernels()
 
 
-def _adapter_folders(config: ServeConfig) -> list[Path]:
-    if config.adapters is None:
-        return []
-    found = (path for path in config.adapters.iterdir() if path.name[0] not in "._")
-    return sorted(path for path in found if path.is_dir() or path.is_symlink())
-
-
-def _publish_others(adapters: AdapterCache, config: ServeConfig, console: Console) -> None:
-    """Give every subfolder's adapter its name; one that cannot be served is logged, not fatal."""
-    paths = [path for path in _adapter_folders(config) if path.name != config.merge]
+def _publish_folder(folder: AdapterFolder, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as progress:
-        for path in progress.track(paths, description="Reading the adapters"):
-            try:
-                version = adapters.publish(path.name, path)
-            except AdapterInvalidError as error:
-                logger.error("%s is not served: %s", path, error.message)
-                continue
-            summary = adapters.describe(path.name)
-            logger.info(
-                "adapter %s: version %s, %s, rank %s, %d bytes (%d as plain LoRA)",
-                path.name,
-                version.digest[:12],
-                summary.sharing,
-                "/".join(map(str, summary.ranks)),
-                summary.stored_bytes,
-                summary.expanded_bytes,
-            )
+        folder.publish_all(lambda names: progress.track(names, description="Reading the adapters"))
 
 
 def _merge(
+    name: str,
+    registry: AdapterRegistry,
+    folder: AdapterFolder | None,
     adapters: AdapterCache,
     pool: MatrixPool,
-    config: ServeConfig,
-    layout: BaseLayout,
     wake: threading.Event,
 ) -> _Merged | None:
-    """Publish the adapter that --merge names, and keep it on the device for good."""
-    if config.merge == "off":
+    """Keep the adapter that --merge names on the device for good."""
+    if name == "off":
         return None
-    folders = {path.name: path for path in _adapter_folders(config)}
-    if config.merge not in folders:
-        there = ", ".join(list(folders)[:20]) or "no adapter at all"
+    if folder is not None and name in folder.names():
+        folder.publish(name)
+    try:
+        version = registry.find(AdapterName.parse(name)).version
+    except ModelNotFoundError:
+        there = [published.name.text for published in registry.adapters()]
         raise ConfigurationError(
-            f"merge = {config.merge!r}: there is no such adapter in {config.adapters}, which "
-            f"gives {there}"
-        )
-    version = adapters.publish(config.merge, folders[config.merge])
-    adapter = read_adapter(folders[config.merge], layout, name=config.merge)
-    if adapter.digest != version.digest:
-        raise ConfigurationError(f"{folders[config.merge]} changed while it was read")
+            f"merge = {name!r}: there is no such adapter that can be served; there are: "
+            f"{', '.join(there[:20]) or 'none'}"
+        ) from None
+    adapter = adapters.adapter(version)
     while True:
         wake.clear()
         pages = adapters.acquire(version)

@@ -88,6 +88,7 @@ class Request:
     sampling: SamplingParams
     arrived_at: float  # time.monotonic(), seconds
     deliver: Callable[[RequestOutput], None]
+    tenant: str | None = None  # who asks; what one has computed is never reused for another
 
     output_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)  # KV block ids in token order

@@ -44,7 +44,7 @@ class Runner:
         self._num_entries = len(decoder.config.layout("").shapes) * decoder.config.num_layers
         self._tables: list[PageTable] = []  # those of the last batch, and what they packed to
         self._packed: AdapterBatch | None = None
-        self._subtracted: dict[str, tuple[PageTable | None, PageTable]] = {}
+        self._subtracted: dict[str | None, tuple[PageTable | None, PageTable]] = {}
 
     def run(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Tensor, list[slice]]:
         """Logits of a batch, and for each scheduled request its rows among them.
@@ -135,15 +135,15 @@ class Runner:
         if self._merged is None:
             return request.page_table
         version, pages = self._merged
-        digest = request.adapter.digest if request.adapter is not None else ""
-        if digest == version.digest:
+        key = request.adapter.key if request.adapter is not None else None
+        if key == version.key:
             return None
-        known = self._subtracted.get(digest)
+        known = self._subtracted.get(key)
         if known is None or known[0] is not request.page_table:
             if len(self._subtracted) >= _MAX_SUBTRACTED:
                 self._subtracted.clear()
             known = (request.page_table, subtract_pages(request.page_table, pages))
-            self._subtracted[digest] = known
+            self._subtracted[key] = known
         return known[1]
 
     def _pack(self, tables: list[PageTable]) -> AdapterBatch:

@@ -127,7 +127,7 @@ class Scheduler:
         self._entries: dict[str, _Entry] = {}
         self._waiting: list[_Entry] = []  # in order of arrival, after those that were preempted
         self._running: list[_Entry] = []  # in order of arrival
-        self._asked: dict[str, AdapterVersion] = {}  # by digest: waited for or prefetched
+        self._asked: dict[str, AdapterVersion] = {}  # by key: waited for or prefetched
         self._num_arrived = 0
         self.num_preemptions = 0  # since the start
 
@@ -189,7 +189,7 @@ class Scheduler:
         num_prompt_tokens_left = self._schedule_running(batch)
         if len(self._running) == num_running:
             self._admit(batch, num_prompt_tokens_left)
-        batch.scheduled.sort(key=_adapter_digest)
+        batch.scheduled.sort(key=_adapter_key)
         return batch if batch.scheduled or batch.failed else None
 
     def complete(self, batch: Batch) -> None:
@@ -245,7 +245,7 @@ class Scheduler:
             if not self._kv_cache.can_start(request, self._num_reserved_blocks()):
                 break
             if request.adapter is not None:
-                pages: PageTable | Waiting | None = asked.get(request.adapter.digest)
+                pages: PageTable | Waiting | None = asked.get(request.adapter.key)
                 try:
                     if pages is None:
                         pages = self._acquire(request.adapter)
@@ -254,7 +254,7 @@ class Scheduler:
                     batch.failed.append(FailedRequest(request, error))
                     continue
                 if isinstance(pages, Waiting):
-                    asked[request.adapter.digest] = pages
+                    asked[request.adapter.key] = pages
                     if pages is Waiting.NO_ROOM or entry.must_be_next:
                         overtaken.append(entry)
                     continue
@@ -268,10 +268,10 @@ class Scheduler:
         self._load_ahead(asked)
 
     def _acquire(self, version: AdapterVersion) -> PageTable | Waiting:
-        self._asked.pop(version.digest, None)
+        self._asked.pop(version.key, None)
         pages = self._adapters.acquire(version)
         if isinstance(pages, Waiting):
-            self._asked[version.digest] = version
+            self._asked[version.key] = version
         return pages
 
     def _start(self, request: Request, max_tokens: int, batch: Batch) -> int:
@@ -299,15 +299,15 @@ class Scheduler:
         num_prefetched = 0
         for entry in self._waiting[:LOOK_AHEAD]:
             version = entry.request.adapter
-            if version is not None and version.digest not in seen:
-                seen.add(version.digest)
-                if version.digest not in asked and num_prefetched < PREFETCH_AHEAD:
+            if version is not None and version.key not in seen:
+                seen.add(version.key)
+                if version.key not in asked and num_prefetched < PREFETCH_AHEAD:
                     num_prefetched += 1
-                    self._asked[version.digest] = version
+                    self._asked[version.key] = version
                     self._adapters.prefetch(version)
             if entry.must_be_next:
-                for digest in self._asked.keys() - seen:
-                    self._adapters.cancel(self._asked.pop(digest))
+                for key in self._asked.keys() - seen:
+                    self._adapters.cancel(self._asked.pop(key))
                 break
 
     def _remove(self, entry: _Entry) -> None:
@@ -319,10 +319,10 @@ class Scheduler:
             return
         self._waiting.remove(entry)
         version = entry.request.adapter
-        if version is not None and version.digest in self._asked:
-            digests = {_digest(other.request) for other in self._waiting}
-            if version.digest not in digests:
-                self._adapters.cancel(self._asked.pop(version.digest))
+        if version is not None and version.key in self._asked:
+            keys = {_key(other.request) for other in self._waiting}
+            if version.key not in keys:
+                self._adapters.cancel(self._asked.pop(version.key))
 
     def _give_back(self, request: Request) -> None:
         """Release a running request's blocks and adapter."""
@@ -336,9 +336,9 @@ def _order(entry: _Entry) -> int:
     return entry.order
 
 
-def _digest(request: Request) -> str:
-    return request.adapter.digest if request.adapter is not None else ""  # sorts first
+def _key(request: Request) -> str:
+    return request.adapter.key if request.adapter is not None else ""  # sorts first
 
 
-def _adapter_digest(scheduled: ScheduledRequest) -> str:
-    return _digest(scheduled.request)
+def _adapter_key(scheduled: ScheduledRequest) -> str:
+    return _key(scheduled.request)

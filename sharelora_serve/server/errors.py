@@ -1,5 +1,6 @@
 """Errors as HTTP answers: OpenAI's shape, one place for the status, the headers and the words."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -7,7 +8,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from sharelora_serve.errors import InvalidRequestError, QueueFullError, ServeError
+from sharelora_serve.errors import InvalidRequestError, ServeError
 from sharelora_serve.server.ascii_json import AsciiJSONResponse
 
 INTERNAL_MESSAGE = (
@@ -77,12 +78,11 @@ def error_content(error: Exception) -> dict[str, Any]:
 
 def error_response(error: Exception) -> AsciiJSONResponse:
     """The whole answer for `error`, with Retry-After where waiting helps."""
-    status = error.status if isinstance(error, ServeError) else ServeError.status
-    headers = (
-        {"retry-after": str(error.retry_after_seconds)}
-        if isinstance(error, QueueFullError)
-        else None
-    )
+    status, headers = ServeError.status, None
+    if isinstance(error, ServeError):
+        status = error.status
+        if error.retry_after_seconds is not None:
+            headers = {"retry-after": str(math.ceil(error.retry_after_seconds))}
     return AsciiJSONResponse(error_content(error), status_code=status, headers=headers)
 
 

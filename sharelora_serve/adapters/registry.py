@@ -1,0 +1,376 @@
+"""What adapter names stand for: publication, removal, rollback and pins, while requests run."""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from threading import Event, Lock, Thread
+
+from sharelora_serve.adapters.adapter import Adapter, AdapterVersion
+from sharelora_serve.adapters.cache import AdapterCache
+from sharelora_serve.adapters.format import read_adapter
+from sharelora_serve.adapters.layout import BaseLayout
+from sharelora_serve.adapters.naming import check_name
+from sharelora_serve.adapters.pool import MatrixPool
+from sharelora_serve.adapters.reference import AdapterName
+from sharelora_serve.adapters.store import AdapterStore, StoredVersion
+from sharelora_serve.adapters.summary import AdapterSummary, summarise
+from sharelora_serve.errors import (
+    AdapterExistsError,
+    AdapterInvalidError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PinsFullError,
+    ServeError,
+    VersionMismatchError,
+)
+
+logger = logging.getLogger(__name__)
+
+# Of the device's memory; the rest is for all others, who would else never be served.
+_MOST_PINNED = 0.5
+
+# How long after a change the files that it left without a name are looked for, so that many
+# changes cost one look; and how often they are looked for while running requests may need them.
+_COLLECT_SECONDS = 2.0
+
+_FEWEST_DIGEST_CHARACTERS = 8  # that a version may be called by
+
+
+@dataclass(frozen=True, slots=True)
+class Published:
+    """What one name stands for now; `created_at` in Unix seconds."""
+
+    name: AdapterName
+    version: AdapterVersion
+    summary: AdapterSummary
+    is_pinned: bool
+    is_from_folder: bool
+    created_at: float
+
+
+class AdapterRegistry:
+    """Names to versions, in memory for requests and in the store for good.
+
+    `bind`, `unbind`, `find` and `adapters` only look up and may be called on the event loop; all
+    others block on the disk. All are thread-safe. A change is on disk when its call returns, and
+    every later `bind` sees it; what was bound before ends on the version that it was bound to.
+    """
+
+    def __init__(
+        self,
+        layout: BaseLayout,
+        store: AdapterStore,
+        pool: MatrixPool,
+        cache: AdapterCache,
+        *,
+        keep_versions: int,
+    ) -> None:
+        """Know what the store knows; no factor is read but those of pinned adapters."""
+        self._layout = layout
+        self._store = store
+        self._pool = pool
+        self._cache = cache
+        self._keep_versions = keep_versions
+        self._changing = Lock()  # one change at a time: what it checked holds until it is done
+        self._lock = Lock()  # guards what follows, for bookkeeping only
+        self._published: dict[AdapterName, Published] = {}
+        self._pinned_bytes: dict[AdapterName, int] = {}
+        for stored in store.adapters():
+            version = stored.name.version(stored.digest)
+            cache.admit(version)
+            self._published[stored.name] = Published(
+                stored.name,
+                version,
+                stored.summary,
+                stored.is_pinned,
+                stored.is_from_folder,
+                stored.created_at,
+            )
+            if stored.is_pinned:
+                self._pin_again(stored.name, version)
+        self._is_closed = False
+        self._has_changed = Event()
+        self._has_changed.set()
+        self._collector = Thread(target=self._collect, name="adapter-collector", daemon=True)
+        self._collector.start()
+
+    def close(self) -> None:
+        """Stop the collector; the store and the cache are closed by whoever made them."""
+        self._is_closed = True
+        self._has_changed.set()
+        self._collector.join()
+
+    def adapters(self) -> list[Published]:
+        """Every name and what it stands for, public ones first, by owner and name."""
+        with self._lock:
+            published = list(self._published.values())
+        return sorted(published, key=lambda item: (item.name.owner or "", item.name.name))
+
+    def find(self, *names: AdapterName) -> Published:
+        """What the first of the names that is known stands for, or ModelNotFoundError."""
+        with self._lock:
+            return self._find(names)
+
+    def bind(self, *names: AdapterName) -> AdapterVersion:
+        """The version that the first known name stands for, kept until `unbind`.
+
+        Raises ModelNotFoundError.
+        """
+        with self._lock:  # a change of name waits: a version that is named is not forgotten
+            version = self._find(names).version
+            self._cache.bind(version)
+            return version
+
+    def unbind(self, version: AdapterVersion) -> None:
+        """The request that `bind` was called for has ended."""
+        self._cache.unbind(version)
+
+    def versions(self, name: AdapterName) -> list[StoredVersion]:
+        """The versions that an adapter can be rolled back to, the one published last first."""
+        return self._store.versions(name)
+
+    def publish(
+        self,
+        name: AdapterName,
+        path: Path,
+        *,
+        must_be_new: bool | None = None,
+        expected: str | None = None,
+        fingerprint: str | None = None,
+    ) -> Published:
+        """Read and check the adapter at path, store it, and let the name stand for it.
+
+        must_be_new  True raises AdapterExistsError if the name is taken, False
+                     ModelNotFoundError if it is not, None takes either
+        expected     the version that it must replace, else VersionMismatchError
+        fingerprint  of the watched folder that path is
+
+        Raises AdapterInvalidError, PinsFullError and StorageError as well; whatever it raises, the
+        name stands for what it stood for.
+        """
+        check_name(name.name, self._layout.name)
+        previous = self._published.get(name)
+        self._check(name, previous, must_be_new, expected)
+        if fingerprint is not None and previous is not None and not previous.is_from_folder:
+            raise AdapterExistsError(
+                f"an adapter {name.name!r} was uploaded already; delete that one, or rename the "
+                "folder"
+            )
+        try:
+            adapter = read_adapter(path, self._layout, name=name.text)
+            self._pool.check(adapter)
+        except AdapterInvalidError as error:
+            if previous is None:
+                raise
+            raise AdapterInvalidError(
+                f"{error.message}\nVersion {previous.version.digest[:12]} of {name.text!r} is "
+                "still being served.",
+                param=error.param,
+            ) from None
+        summary, version = summarise(adapter), name.version(adapter.digest)
+        with self._changing:
+            previous = self._published.get(name)
+            self._check(name, previous, must_be_new, expected)
+            is_pinned = previous is not None and previous.is_pinned
+            pinned_bytes = self._bytes_to_pin(name, adapter) if is_pinned else 0
+            created_at = self._store.publish(
+                name,
+                adapter,
+                summary,
+                keep_versions=self._keep_versions,
+                fingerprint=fingerprint,
+            )
+            self._cache.admit(version, adapter)
+            is_from_folder = fingerprint is not None
+            if previous is not None:
+                is_from_folder = previous.is_from_folder
+            published = Published(name, version, summary, is_pinned, is_from_folder, created_at)
+            self._switch(previous, published, pinned_bytes)
+        self._cache.prefetch(version)
+        return published
+
+    def remove(self, name: AdapterName, *, expected: str | None = None) -> None:
+        """Forget a name and its versions; requests that run end on theirs.
+
+        Raises ModelNotFoundError, VersionMismatchError, StorageError.
+        """
+        with self._changing:
+            published = self.find(name)
+            self._check(name, published, None, expected)
+            self._store.remove(name)
+            with self._lock:
+                del self._published[name]
+            self._let_go(published)
+
+    def set_pinned(self, name: AdapterName, is_pinned: bool) -> Published:
+        """Keep an adapter on the device, whatever its version, or no longer.
+
+        Raises ModelNotFoundError, PinsFullError, StorageError.
+        """
+        with self._changing:
+            published = self.find(name)
+            if published.is_pinned == is_pinned:
+                return published
+            num_bytes = 0
+            if is_pinned:
+                num_bytes = self._bytes_to_pin(name, self._cache.adapter(published.version))
+            self._store.set_pinned(name, is_pinned)
+            changed = replace(published, is_pinned=is_pinned)
+            with self._lock:
+                self._published[name] = changed
+            if is_pinned:
+                self._pinned_bytes[name] = num_bytes
+                self._cache.pin(published.version)
+            else:
+                del self._pinned_bytes[name]
+                self._cache.unpin(published.version)
+            return changed
+
+    def roll_back(
+        self, name: AdapterName, version: str | None = None, *, expected: str | None = None
+    ) -> Published:
+        """Let the name stand for an earlier version again.
+
+        version  a digest, or its first 8 or more characters; None is the one published before
+                 the present one
+
+        Raises ModelNotFoundError, VersionMismatchError, InvalidRequestError for a version that
+        there is not, PinsFullError, StorageError.
+        """
+        with self._changing:
+            published = self.find(name)
+            self._check(name, published, None, expected)
+            digest = _choose(self._store.versions(name), published.version.digest, version)
+            adapter = self._store.read(digest)  # what cannot be read is not rolled back to
+            self._pool.check(adapter)
+            num_bytes = self._bytes_to_pin(name, adapter) if published.is_pinned else 0
+            self._store.roll_back(name, digest)
+            new = replace(published, version=name.version(digest), summary=summarise(adapter))
+            self._cache.admit(new.version, adapter)
+            self._switch(published, new, num_bytes)
+        self._cache.prefetch(new.version)
+        return new
+
+    def folders(self) -> dict[str, str]:
+        """Fingerprints of the watched folders that were published, by name."""
+        return self._store.folders()
+
+    def forget_folder(self, folder: str) -> None:
+        """A watched folder is gone, and so is the adapter that it made, if it is there still."""
+        self._store.forget_folder(folder)
+        published = self._published.get(AdapterName(None, folder))
+        if published is not None and published.is_from_folder:
+            self.remove(published.name)
+
+    def _find(self, names: Iterable[AdapterName]) -> Published:
+        for name in names:
+            if published := self._published.get(name):
+                return published
+        raise ModelNotFoundError("there is no adapter of that name", param="model")
+
+    def _check(
+        self,
+        name: AdapterName,
+        published: Published | None,
+        must_be_new: bool | None,
+        expected: str | None,
+    ) -> None:
+        if must_be_new and published is not None:
+            raise AdapterExistsError(
+                f"there is an adapter {name.name!r} already; publish a new version of it with "
+                f"PUT /v1/adapters/{name.name}, or choose another name",
+                param="name",
+            )
+        if must_be_new is False and published is None:
+            raise ModelNotFoundError(
+                f"there is no adapter {name.name!r}; create it with POST /v1/adapters",
+                param="name",
+            )
+        present = None if published is None else published.version.digest
+        if expected is not None and expected != present:
+            now = "there is none" if present is None else f"it is at {present}"
+            raise VersionMismatchError(
+                f"adapter {name.name!r} is not at version {expected}: {now}; look at what was "
+                "published meanwhile, then send the present version in If-Match"
+            )
+
+    def _switch(self, previous: Published | None, new: Published, pinned_bytes: int) -> None:
+        """Let requests find the new version, and let go of the previous one."""
+        if new.is_pinned:
+            self._pinned_bytes[new.name] = pinned_bytes
+            self._cache.pin(new.version)
+        with self._lock:
+            self._published[new.name] = new
+        if previous is not None:
+            self._let_go(previous)
+
+    def _let_go(self, published: Published) -> None:
+        if published.is_pinned:
+            self._cache.unpin(published.version)
+            if published.name not in self._published:
+                del self._pinned_bytes[published.name]
+        self._cache.dismiss(published.version)
+        self._has_changed.set()
+
+    def _bytes_to_pin(self, name: AdapterName, adapter: Adapter) -> int:
+        """Device memory of the adapter; PinsFullError if it may not be pinned beside the others."""
+        num_bytes = self._pool.num_bytes_for(adapter)
+        others = sum(of for other, of in self._pinned_bytes.items() if other != name)
+        if others + num_bytes > (limit := int(self._pool.arena.nbytes * _MOST_PINNED)):
+            raise PinsFullError(
+                f"adapter {name.name!r} takes {num_bytes} bytes of device memory, and {others} of "
+                f"the {limit} that may be pinned are taken; unpin another, or raise "
+                "--adapter-memory"
+            )
+        return num_bytes
+
+    def _pin_again(self, name: AdapterName, version: AdapterVersion) -> None:
+        """Pin what was pinned before the restart; what no longer can be is told, and served."""
+        try:
+            self._pinned_bytes[name] = self._bytes_to_pin(name, self._cache.adapter(version))
+        except ServeError as error:
+            logger.error("adapter %s is not pinned: %s", name.text, error.message)
+            self._published[name] = replace(self._published[name], is_pinned=False)
+        else:
+            self._cache.pin(version)
+
+    def _collect(self) -> None:
+        """The collector's thread: delete the files that no name and no request needs any more."""
+        while not self._is_closed:
+            self._has_changed.wait()
+            if not self._is_closed:
+                time.sleep(_COLLECT_SECONDS)
+            self._has_changed.clear()
+            try:
+                with self._changing:
+                    needed = self._cache.digests()
+                    num_files, num_bytes, num_spared = self._store.collect(needed)
+            except (ServeError, OSError) as error:
+                logger.warning("files that no adapter needs could not be deleted: %s", error)
+                continue
+            if num_files:
+                logger.info("deleted %d files of %d bytes in the store", num_files, num_bytes)
+            if num_spared:
+                self._has_changed.set()
+
+
+def _choose(versions: Sequence[StoredVersion], present: str, wanted: str | None) -> str:
+    """The digest to roll back to."""
+    digests = [version.digest for version in versions]
+    if wanted is None:
+        earlier = digests[digests.index(present) + 1 :]
+        if not earlier:
+            raise InvalidRequestError(
+                "there is no version before the present one to roll back to", param="version"
+            )
+        return earlier[0]
+    found = [digest for digest in digests if digest.startswith(wanted.lower())]
+    if len(found) != 1 or len(wanted) < _FEWEST_DIGEST_CHARACTERS:
+        raise InvalidRequestError(
+            f"version: {wanted[:64]!r} is not one of this adapter's {len(digests)} versions; give "
+            f"one of {', '.join(digest[:12] for digest in digests)}",
+            param="version",
+        )
+    return found[0]

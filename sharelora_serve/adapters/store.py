@@ -1,0 +1,378 @@
+"""The durable registry: names, versions, owners and pins in SQLite, factors in files beside it.
+
+    registry.sqlite3   what names stand for; in WAL mode, every commit synced to disk
+    factors/           one file for the distinct factors of a module and side, named by the sha256
+                       of its bytes, so that versions and tenants with a common A share it
+    incoming/          files on their way into factors/; emptied when the store is opened
+    lock               held by the one server that may write
+
+A publication writes and syncs its files first and then moves the name in one transaction: it is
+there whole or not at all, whenever the process or the machine stops.
+"""
+
+import sqlite3
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+
+from filelock import FileLock, Timeout
+
+from sharelora_serve.adapters.adapter import Adapter
+from sharelora_serve.adapters.factor_files import FactorFiles, Manifest
+from sharelora_serve.adapters.layout import BaseLayout
+from sharelora_serve.adapters.reference import AdapterName
+from sharelora_serve.adapters.summary import AdapterSummary
+from sharelora_serve.errors import ConfigurationError, StorageError
+
+_SCHEMA = """
+CREATE TABLE base (name TEXT NOT NULL, layout TEXT NOT NULL);
+CREATE TABLE contents (
+    digest TEXT PRIMARY KEY,
+    manifest TEXT NOT NULL,
+    summary TEXT NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE content_files (
+    digest TEXT NOT NULL REFERENCES contents ON DELETE CASCADE,
+    file TEXT NOT NULL,
+    PRIMARY KEY (digest, file)
+) WITHOUT ROWID;
+CREATE TABLE adapters (
+    id INTEGER PRIMARY KEY,
+    owner TEXT NOT NULL,  -- '' is nobody's: public
+    name TEXT NOT NULL,
+    current TEXT NOT NULL REFERENCES contents,
+    is_pinned INTEGER NOT NULL DEFAULT 0,
+    is_from_folder INTEGER NOT NULL,  -- created by the watched folder, and goes with it
+    created_at REAL NOT NULL,
+    UNIQUE (owner, name)
+);
+CREATE TABLE versions (
+    adapter INTEGER NOT NULL REFERENCES adapters ON DELETE CASCADE,
+    digest TEXT NOT NULL REFERENCES contents,
+    number INTEGER NOT NULL,  -- grows with every publication of the adapter
+    published_at REAL NOT NULL,
+    PRIMARY KEY (adapter, digest)
+) WITHOUT ROWID;
+CREATE INDEX versions_by_digest ON versions (digest);
+CREATE TABLE folders (name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) WITHOUT ROWID;
+PRAGMA user_version = 1;
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVersion:
+    """One version that an adapter can be rolled back to; `published_at` in Unix seconds."""
+
+    digest: str
+    published_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredAdapter:
+    """One name and what it stands for; `created_at` in Unix seconds."""
+
+    name: AdapterName
+    digest: str
+    summary: AdapterSummary
+    is_pinned: bool
+    is_from_folder: bool
+    created_at: float
+
+
+class AdapterStore:
+    """One base's adapters on disk. Every call may block on the disk; all are thread-safe.
+
+    What fails because of the disk raises StorageError and changes nothing.
+    """
+
+    def __init__(self, folder: Path, layout: BaseLayout) -> None:
+        """Open or make the store in `folder` for one base.
+
+        Raises ConfigurationError if another server has it open, if it holds adapters of another
+        base, or if it cannot be opened.
+        """
+        self._folder = folder
+        self._layout = layout
+        self._lock = Lock()  # one transaction at a time on the one connection
+        self._owner = FileLock(folder / "lock", timeout=0)
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._owner.acquire()
+            self._files = FactorFiles(folder)
+            self._files.clear_incoming()
+            self._database = _connect(folder)
+            self._prepare()
+        except Timeout:
+            raise ConfigurationError(
+                f"store = {str(folder)!r}: another server has it open; stop that one, or give "
+                "this one a folder of its own"
+            ) from None
+        except (OSError, sqlite3.Error) as error:
+            self._owner.release()
+            raise ConfigurationError(
+                f"store = {str(folder)!r}: cannot be opened: {error}; it should be a folder that "
+                "may be read and written"
+            ) from None
+        except ConfigurationError:
+            self._owner.release()
+            raise
+
+    def close(self) -> None:
+        """Let another server open the store."""
+        with self._lock:
+            self._database.close()
+        self._owner.release()
+
+    def adapters(self) -> list[StoredAdapter]:
+        """Every name and what it stands for, by owner and name."""
+        with self._reading() as database:
+            rows = database.execute(
+                "SELECT owner, name, current, summary, is_pinned, is_from_folder, created_at "
+                "FROM adapters "
+                "JOIN contents ON digest = current ORDER BY owner, name"
+            ).fetchall()
+        return [
+            StoredAdapter(
+                AdapterName(owner or None, name),
+                digest,
+                AdapterSummary.from_json(summary),
+                bool(is_pinned),
+                bool(is_from_folder),
+                created_at,
+            )
+            for owner, name, digest, summary, is_pinned, is_from_folder, created_at in rows
+        ]
+
+    def versions(self, name: AdapterName) -> list[StoredVersion]:
+        """All versions of an adapter, the one published last first; empty for no adapter."""
+        with self._reading() as database:
+            rows = database.execute(
+                "SELECT digest, published_at FROM versions JOIN adapters ON id = adapter "
+                "WHERE owner = ? AND name = ? ORDER BY number DESC",
+                _key(name),
+            ).fetchall()
+        return [StoredVersion(*row) for row in rows]
+
+    def publish(
+        self,
+        name: AdapterName,
+        adapter: Adapter,
+        summary: AdapterSummary,
+        *,
+        keep_versions: int,
+        fingerprint: str | None = None,
+    ) -> float:
+        """Let the name stand for an adapter, new or not; return when the name was created.
+
+        keep_versions  older versions of the name than so many are forgotten
+        fingerprint    of the watched folder of that name, if it was read from there
+        """
+        with self._files.incoming(adapter) as incoming, self._writing() as database:
+            now = time.time()
+            manifest = incoming.move_in()
+            database.execute(
+                "INSERT OR IGNORE INTO contents VALUES (?, ?, ?)",
+                (adapter.digest, manifest.to_json(), summary.to_json()),
+            )
+            database.executemany(
+                "INSERT OR IGNORE INTO content_files VALUES (?, ?)",
+                [(adapter.digest, file) for file in manifest.files],
+            )
+            identity, created_at = database.execute(
+                "INSERT INTO adapters (owner, name, current, is_from_folder, created_at) "
+                "VALUES (?, ?, ?, ?, ?) "
+                "ON CONFLICT DO UPDATE SET current = excluded.current RETURNING id, created_at",
+                (*_key(name), adapter.digest, fingerprint is not None, now),
+            ).fetchone()
+            database.execute(
+                "INSERT OR REPLACE INTO versions SELECT ?, ?, 1 + coalesce(max(number), 0), ? "
+                "FROM versions WHERE adapter = ?",
+                (identity, adapter.digest, now, identity),
+            )
+            database.execute(
+                "DELETE FROM versions WHERE adapter = ?1 AND digest NOT IN "
+                "(SELECT digest FROM versions WHERE adapter = ?1 ORDER BY number DESC LIMIT ?2)",
+                (identity, keep_versions),
+            )
+            if fingerprint is not None:
+                database.execute(
+                    "INSERT OR REPLACE INTO folders VALUES (?, ?)", (name.name, fingerprint)
+                )
+        return float(created_at)
+
+    def remove(self, name: AdapterName) -> None:
+        """Forget a name and all its versions."""
+        with self._writing() as database:
+            database.execute("DELETE FROM adapters WHERE owner = ? AND name = ?", _key(name))
+
+    def set_pinned(self, name: AdapterName, is_pinned: bool) -> None:
+        """Remember whether an adapter stays on the device."""
+        with self._writing() as database:
+            database.execute(
+                "UPDATE adapters SET is_pinned = ? WHERE owner = ? AND name = ?",
+                (is_pinned, *_key(name)),
+            )
+
+    def roll_back(self, name: AdapterName, digest: str) -> None:
+        """Let the name stand for one of its `versions`."""
+        with self._writing() as database:
+            database.execute(
+                "UPDATE adapters SET current = ? WHERE owner = ? AND name = ?",
+                (digest, *_key(name)),
+            )
+
+    def folders(self) -> dict[str, str]:
+        """Fingerprints of the watched folders whose content was published, by name."""
+        with self._reading() as database:
+            return dict(database.execute("SELECT name, fingerprint FROM folders").fetchall())
+
+    def forget_folder(self, name: str) -> None:
+        """The watched folder of that name is gone."""
+        with self._writing() as database:
+            database.execute("DELETE FROM folders WHERE name = ?", (name,))
+
+    def read(self, digest: str) -> Adapter:
+        """The factors of a version, checked against its digest.
+
+        Raises StorageError when it is not there, not readable or damaged.
+        """
+        with self._reading() as database:
+            row = database.execute(
+                "SELECT manifest FROM contents WHERE digest = ?", (digest,)
+            ).fetchone()
+        if row is None:
+            raise StorageError(f"version {digest[:12]} is not in the store; publish it again")
+        return self._files.read(digest, Manifest.from_json(row[0]))
+
+    def collect(self, needed: Collection[str]) -> tuple[int, int, int]:
+        """Delete what no name needs: files, their bytes, and versions without a name spared.
+
+        needed  digests of versions that requests may still read. No publication may be under way.
+        """
+        with self._writing() as database:
+            unnamed = database.execute(
+                "SELECT digest FROM contents WHERE digest NOT IN (SELECT digest FROM versions)"
+            ).fetchall()
+            gone = [(digest,) for (digest,) in unnamed if digest not in needed]
+            database.executemany("DELETE FROM contents WHERE digest = ?", gone)
+            files = {row[0] for row in database.execute("SELECT DISTINCT file FROM content_files")}
+        # After the commit: a file that is gone although a committed row needs it would be a loss,
+        # one that is there although no row needs it is found the next time.
+        return *self._files.delete_all_but(files), len(unnamed) - len(gone)
+
+    def _prepare(self) -> None:
+        """Make the tables, or check that they are of this version and of this base."""
+        database, layout = self._database, _layout_text(self._layout)
+        found = database.execute("PRAGMA user_version").fetchone()[0]
+        if found == 0:
+            with self._writing():
+                for statement in _SCHEMA.split(";\n"):
+                    database.execute(statement)
+                database.execute("INSERT INTO base VALUES (?, ?)", (self._layout.name, layout))
+            return
+        if found != 1:
+            raise ConfigurationError(
+                f"store = {str(self._folder)!r}: was written by a newer version of this server; "
+                "run that one, or give another folder"
+            )
+        name, stored_layout = database.execute("SELECT name, layout FROM base").fetchone()
+        if (name, stored_layout) != (self._layout.name, layout):
+            raise ConfigurationError(
+                f"store = {str(self._folder)!r}: holds adapters of base {name!r}, not of "
+                f"{self._layout.name!r}; serve that base, or give this one a folder of its own"
+            )
+
+    @contextmanager
+    def _reading(self) -> Iterator[sqlite3.Connection]:
+        with self._lock:
+            try:
+                yield self._database
+            except sqlite3.Error as error:
+                raise StorageError(f"the store's registry cannot be read: {error}") from None
+
+    @contextmanager
+    def _writing(self) -> Iterator[sqlite3.Connection]:
+        """A transaction that is on disk when the block is left, or undone if it raises."""
+        with self._lock:
+            try:
+                self._database.execute("BEGIN IMMEDIATE")
+                yield self._database
+                self._database.execute("COMMIT")
+            except BaseException as error:
+                if self._database.in_transaction:
+                    self._database.execute("ROLLBACK")
+                if isinstance(error, sqlite3.Error | OSError):
+                    raise StorageError(
+                        f"the store could not be written: {error}; nothing was changed. Whoever "
+                        "runs the server should look at the disk of --store"
+                    ) from None
+                raise
+
+
+def verify_store(folder: Path, on_content: Callable[[int, int], None]) -> list[str]:
+    """Check every digest of a store, which a server may have open, and return what is wrong.
+
+    on_content(done, total) is called after each version. Changes nothing. Raises
+    ConfigurationError if there is no store in the folder.
+    """
+    if not (folder / "registry.sqlite3").is_file():
+        raise ConfigurationError(f"store = {str(folder)!r}: there is no store in that folder")
+    files = FactorFiles(folder)
+    database = _connect(folder, is_read_only=True)
+    try:
+        problems = [
+            f"registry: {row[0]}"
+            for row in database.execute("PRAGMA integrity_check").fetchall()
+            if row[0] != "ok"
+        ]
+        contents = database.execute("SELECT digest, manifest FROM contents").fetchall()
+        for index, (digest, manifest) in enumerate(contents):
+            try:
+                files.read(digest, Manifest.from_json(manifest))
+            except StorageError as error:
+                names = database.execute(
+                    "SELECT owner, name FROM versions JOIN adapters ON id = adapter "
+                    "WHERE digest = ? ORDER BY owner, name",
+                    (digest,),
+                ).fetchall()
+                if names or _is_there(database, digest):  # else it was collected meanwhile
+                    used_by = ", ".join(AdapterName(o or None, n).text for o, n in names)
+                    problems.append(f"{error.message} (version of: {used_by or 'no adapter'})")
+            on_content(index + 1, len(contents))
+        problems += files.damaged()
+    finally:
+        database.close()
+    return problems
+
+
+def _is_there(database: sqlite3.Connection, digest: str) -> bool:
+    query = "SELECT 1 FROM contents WHERE digest = ?"
+    return database.execute(query, (digest,)).fetchone() is not None
+
+
+def _connect(folder: Path, *, is_read_only: bool = False) -> sqlite3.Connection:
+    path = (folder / "registry.sqlite3").resolve()
+    database = sqlite3.connect(
+        f"{path.as_uri()}?mode={'ro' if is_read_only else 'rwc'}",
+        uri=True,
+        timeout=30.0,
+        isolation_level=None,
+        check_same_thread=False,
+    )
+    if not is_read_only:
+        database.execute("PRAGMA journal_mode = WAL")
+        database.execute("PRAGMA synchronous = FULL")
+        database.execute("PRAGMA foreign_keys = ON")
+    return database
+
+
+def _key(name: AdapterName) -> tuple[str, str]:
+    return name.owner or "", name.name
+
+
+def _layout_text(layout: BaseLayout) -> str:
+    shapes: Sequence[str] = [f"{module} {shape}" for module, shape in layout.shapes.items()]
+    return f"{layout.num_layers} layers of " + ", ".join(shapes)
