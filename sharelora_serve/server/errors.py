@@ -7,7 +7,12 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from sharelora_serve.errors import InvalidRequestError, QueueFullError, ServeError
+from sharelora_serve.errors import (
+    AuthenticationError,
+    InvalidRequestError,
+    QueueFullError,
+    ServeError,
+)
 from sharelora_serve.server.ascii_json import AsciiJSONResponse
 
 INTERNAL_MESSAGE = (
@@ -76,13 +81,13 @@ def error_content(error: Exception) -> dict[str, Any]:
 
 
 def error_response(error: Exception) -> AsciiJSONResponse:
-    """The whole answer for `error`, with Retry-After where waiting helps."""
+    """The whole answer for `error`: Retry-After where waiting helps, WWW-Authenticate for a key."""
     status = error.status if isinstance(error, ServeError) else ServeError.status
-    headers = (
-        {"retry-after": str(error.retry_after_seconds)}
-        if isinstance(error, QueueFullError)
-        else None
-    )
+    headers = {}
+    if isinstance(error, QueueFullError):
+        headers["retry-after"] = str(error.retry_after_seconds)
+    if isinstance(error, AuthenticationError):
+        headers["www-authenticate"] = "Bearer"
     return AsciiJSONResponse(error_content(error), status_code=status, headers=headers)
 
 
