@@ -122,6 +122,12 @@ class ServeConfig(BaseSettings):
     port: int = Field(
         8000, ge=0, le=65535, description="TCP port, such as 8000; 0 takes one that is free."
     )
+    api_keys: Path | None = Field(
+        None,
+        description="File of API keys that sharelora-serve keys create makes, such as "
+        "./keys.jsonl; every request but /health and /ready then needs one. Without it whoever "
+        "reaches the port may use and change everything.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         "auto", description="Where the model runs; auto is cuda where there is one, else cpu."
     )
@@ -220,6 +226,15 @@ class ServeConfig(BaseSettings):
         if adapters is not None and not adapters.is_dir():
             raise ValueError("should be an existing folder whose subfolders are adapters")
         return adapters
+
+    @field_validator("api_keys")
+    @classmethod
+    def _api_keys_is_a_file(cls, api_keys: Path | None) -> Path | None:
+        if api_keys is not None and not api_keys.is_file():
+            raise ValueError(
+                "should be an existing file; sharelora-serve keys create --admin makes it"
+            )
+        return api_keys
 
     @model_validator(mode="after")
     def _settings_agree(self) -> Self:

@@ -6,6 +6,8 @@ ServeError
 ├── InvalidRequestError            400  invalid_request_error
 │   ├── ContextLengthError         400  context_length_exceeded
 │   └── AdapterInvalidError        400  adapter_invalid
+├── AuthenticationError            401  invalid_api_key
+├── PermissionDeniedError          403  permission_denied
 ├── ModelNotFoundError             404  model_not_found
 ├── RequestTimeoutError            408  request_timeout
 ├── AdapterExistsError             409  adapter_exists
@@ -66,6 +68,22 @@ class AdapterInvalidError(InvalidRequestError):
     """An adapter's files cannot be served; the message lists every problem and the way out."""
 
     code = "adapter_invalid"
+
+
+class AuthenticationError(ServeError):
+    """The request has no API key, or one that this server does not know."""
+
+    status = 401
+    error_type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class PermissionDeniedError(ServeError):
+    """The request's API key is known, but not enough for what is asked."""
+
+    status = 403
+    error_type = "invalid_request_error"
+    code = "permission_denied"
 
 
 class ModelNotFoundError(ServeError):

@@ -10,7 +10,7 @@ from threading import Event, Thread
 
 from watchfiles import watch
 
-from sharelora_serve.adapters.reference import AdapterName
+from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.errors import ServeError, StorageError
 

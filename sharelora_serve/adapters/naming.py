@@ -1,8 +1,8 @@
-"""Where a tensor of an adapter file belongs, read from its key alone."""
+"""What adapters are called, and where a tensor of their files belongs, read from its key alone."""
 
 import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 from sharelora_serve.adapters.layout import MODULES
 from sharelora_serve.errors import AdapterInvalidError
@@ -35,6 +35,11 @@ _REASONS = {
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
 
+NAME_RULE = (
+    "a name has 1 to 128 of A-Z, a-z, 0-9, '.', '_' and '-', and begins with a letter or a digit"
+)
+"""What is_name asks for, as a message says it."""
+
 _MAX_KEY_LENGTH = 160  # characters; real keys have less than 100
 
 
@@ -62,12 +67,41 @@ class FactorKey:
         return None if self.module_path is None else self.module_path.partition("layers.")[0]
 
 
+@dataclass(frozen=True, slots=True)
+class AdapterName:
+    """Which adapter is meant: names are unique among those of one owner.
+
+    owner  the tenant to whom it belongs; None for a public one
+    name   what the owner calls it
+    """
+
+    owner: str | None
+    name: str
+
+    @property
+    def text(self) -> str:
+        """`owner/name`, or `name` for a public one."""
+        return self.name if self.owner is None else f"{self.owner}/{self.name}"
+
+    @classmethod
+    def parse(cls, text: str) -> Self | None:
+        """The name that is written as `text`; None if no adapter can have it."""
+        owner, slash, name = text.rpartition("/")
+        if not is_name(name) or (slash and not is_name(owner)):
+            return None
+        return cls(owner if slash else None, name)
+
+
+def is_name(text: str) -> bool:
+    """Whether an adapter or a tenant can be called so."""
+    return _NAME.fullmatch(text) is not None
+
+
 def check_name(name: str, base_name: str) -> None:
     """Raise AdapterInvalidError if clients cannot call an adapter of the base by that name."""
-    if not _NAME.fullmatch(name):
+    if not is_name(name):
         raise AdapterInvalidError(
-            f"{name!r} cannot name an adapter: a name has 1 to 128 of A-Z, a-z, 0-9, '.', '_' "
-            "and '-', and begins with a letter or a digit",
+            f"{name!r} cannot name an adapter: {NAME_RULE}",
             param="name",
         )
     if name == base_name:

@@ -11,9 +11,8 @@ from sharelora_serve.adapters.adapter import Adapter, AdapterVersion
 from sharelora_serve.adapters.cache import AdapterCache
 from sharelora_serve.adapters.format import read_adapter
 from sharelora_serve.adapters.layout import BaseLayout
-from sharelora_serve.adapters.naming import check_name
+from sharelora_serve.adapters.naming import AdapterName, check_name
 from sharelora_serve.adapters.pool import MatrixPool
-from sharelora_serve.adapters.reference import AdapterName
 from sharelora_serve.adapters.store import AdapterStore, StoredVersion
 from sharelora_serve.adapters.summary import AdapterSummary, summarise
 from sharelora_serve.errors import (
@@ -78,7 +77,7 @@ class AdapterRegistry:
         self._published: dict[AdapterName, Published] = {}
         self._pinned_bytes: dict[AdapterName, int] = {}
         for stored in store.adapters():
-            version = stored.name.version(stored.digest)
+            version = _version(stored.name, stored.digest)
             cache.admit(version)
             self._published[stored.name] = Published(
                 stored.name,
@@ -169,7 +168,7 @@ class AdapterRegistry:
                 "still being served.",
                 param=error.param,
             ) from None
-        summary, version = summarise(adapter), name.version(adapter.digest)
+        summary, version = summarise(adapter), _version(name, adapter.digest)
         with self._changing:
             previous = self._published.get(name)
             self._check(name, previous, must_be_new, expected)
@@ -247,7 +246,7 @@ class AdapterRegistry:
             self._pool.check(adapter)
             num_bytes = self._bytes_to_pin(name, adapter) if published.is_pinned else 0
             self._store.roll_back(name, digest)
-            new = replace(published, version=name.version(digest), summary=summarise(adapter))
+            new = replace(published, version=_version(name, digest), summary=summarise(adapter))
             self._cache.admit(new.version, adapter)
             self._switch(published, new, num_bytes)
         self._cache.prefetch(new.version)
@@ -354,6 +353,10 @@ class AdapterRegistry:
                 logger.info("deleted %d files of %d bytes in the store", num_files, num_bytes)
             if num_spared:
                 self._has_changed.set()
+
+
+def _version(name: AdapterName, digest: str) -> AdapterVersion:
+    return AdapterVersion(name.text, digest, name.owner)
 
 
 def _choose(versions: Sequence[StoredVersion], present: str, wanted: str | None) -> str:

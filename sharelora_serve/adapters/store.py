@@ -23,7 +23,7 @@ from filelock import FileLock, Timeout
 from sharelora_serve.adapters.adapter import Adapter
 from sharelora_serve.adapters.factor_files import FactorFiles, Manifest
 from sharelora_serve.adapters.layout import BaseLayout
-from sharelora_serve.adapters.reference import AdapterName
+from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.summary import AdapterSummary
 from sharelora_serve.errors import ConfigurationError, StorageError
 

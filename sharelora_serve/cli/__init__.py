@@ -1,8 +1,9 @@
-"""The command line: serve, chat and adapters.
+"""The command line: serve, chat, adapters and keys.
 
 sharelora-serve serve      one base and its adapters over HTTP
 sharelora-serve chat       talk to a model of a running server
 sharelora-serve adapters   list, inspect, convert and export adapters
+sharelora-serve keys       create, list and revoke API keys
 """
 
 import typer
@@ -10,6 +11,7 @@ import typer
 from sharelora_serve import __version__
 from sharelora_serve.cli.adapters import adapters
 from sharelora_serve.cli.chat import chat
+from sharelora_serve.cli.keys import keys
 from sharelora_serve.cli.serve import serve
 
 app = typer.Typer(
@@ -22,6 +24,7 @@ app = typer.Typer(
 app.command()(serve)
 app.command()(chat)
 app.add_typer(adapters, name="adapters")
+app.add_typer(keys, name="keys")
 
 
 def _show_version(wanted: bool) -> None:

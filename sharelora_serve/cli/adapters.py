@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from sharelora_serve.cli.chat import DEFAULT_URL, Url, check, connect
+from sharelora_serve.cli.chat import DEFAULT_URL, ApiKey, Url, check, connect
 from sharelora_serve.cli.failure import one_message
 from sharelora_serve.config import (
     EMBEDDED_MODEL_NAME,
@@ -62,10 +62,10 @@ class Form(StrEnum):
 
 
 @adapters.command("list")
-def list_adapters(url: Url = DEFAULT_URL) -> None:
+def list_adapters(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
     """List the adapters of a running server."""
     with one_message():
-        with connect(url) as client:
+        with connect(url, api_key) as client:
             models = check(client.get("/v1/models")).json()["data"]
         table = Table(box=box.SIMPLE_HEAD)
         for heading in ("Adapter", "Base", "Root"):

@@ -1,6 +1,7 @@
 """The command chat: talk to one model of a running server, streamed."""
 
 import json
+import re
 import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -21,6 +22,14 @@ Url = Annotated[
         envvar="SHARELORA_URL",
     ),
 ]
+ApiKey = Annotated[
+    str | None,
+    typer.Option(
+        help="API key, as 'keys create' printed it, such as slk_...; without it the server must "
+        "be one without keys.",
+        envvar="SHARELORA_API_KEY",
+    ),
+]
 
 
 def chat(
@@ -35,6 +44,7 @@ def chat(
         ),
     ] = None,
     url: Url = DEFAULT_URL,
+    api_key: ApiKey = None,
     system: Annotated[
         str | None,
         typer.Option(help="System message; without it the chat template's own."),
@@ -53,7 +63,7 @@ def chat(
         request["max_tokens"] = max_tokens
     messages = [{"role": "system", "content": system}] if system is not None else []
     console = Console()
-    with one_message(), connect(url) as client:
+    with one_message(), connect(url, api_key) as client:
         if message is None and not sys.stdin.isatty():
             message = sys.stdin.read()
         if message is not None:
@@ -66,10 +76,22 @@ def chat(
             messages.append({"role": "assistant", "content": answer})
 
 
-def connect(url: str) -> httpx.Client:
-    """A client of the server at url, with or without a trailing /v1; it waits for slow answers."""
+def connect(url: str, api_key: str | None) -> httpx.Client:
+    """A client of the server at url, with or without a trailing /v1; it waits for slow answers.
+
+    Raises ServeError if the key is not one that a header can carry.
+    """
     base_url = url.rstrip("/").removesuffix("/v1")
-    return httpx.Client(base_url=base_url, timeout=httpx.Timeout(10.0, read=None))
+    headers = {}
+    if api_key is not None:
+        # Checked here, since httpx would show the header that it refuses.
+        if not re.fullmatch(r"[!-~]+", api_key):
+            raise ServeError(
+                "the API key is empty, or has blanks, line ends or other characters that no key "
+                "has; give it as 'sharelora-serve keys create' printed it"
+            )
+        headers["authorization"] = f"Bearer {api_key}"
+    return httpx.Client(base_url=base_url, headers=headers, timeout=httpx.Timeout(10.0, read=None))
 
 
 def check(response: httpx.Response) -> httpx.Response:

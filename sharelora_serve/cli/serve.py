@@ -2,6 +2,7 @@
 
 import asyncio
 import inspect
+import ipaddress
 import logging
 import signal
 import socket
@@ -23,9 +24,12 @@ from sharelora_serve.config import (
     value_text,
 )
 from sharelora_serve.errors import ConfigurationError, EngineStoppedError
+from sharelora_serve.server.keys import read_keys
 
 if TYPE_CHECKING:
     from sharelora_serve.engine.engine import Engine  # slow to import
+
+logger = logging.getLogger(__name__)
 
 GRACE_SECONDS = 8.0
 """How long running requests may go on after a signal: Docker kills a container after 10 seconds."""
@@ -51,7 +55,10 @@ def _run(config: ServeConfig, console: Console) -> None:
     logging.basicConfig(
         level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
     )
-    listener = _bind(config.host, config.port)  # before loading: a taken port is told at once
+    # Before loading: a bad file of keys and a taken port are told at once.
+    if config.api_keys is not None:
+        read_keys(config.api_keys)
+    listener = _bind(config.host, config.port)
     # Slow imports, which --help and the other commands need not wait for.
     with console.status(f"Loading {escape(config.base_name)}"):
         from sharelora_serve.engine.load import load_engine
@@ -68,6 +75,8 @@ def _run(config: ServeConfig, console: Console) -> None:
         engine,
         lambda: console.print(_announcement(config, listener), highlight=False, soft_wrap=True),
     )
+    if config.api_keys is None:
+        _say_that_there_are_no_keys(config, listener)
     server.run(sockets=[listener])
     if not server.started:
         raise EngineStoppedError("the server did not start; its log says why")
@@ -79,6 +88,19 @@ def _announcement(config: ServeConfig, listener: socket.socket) -> str:
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     adapters = f" and the adapters in {escape(str(config.adapters))}" if config.adapters else ""
     return f"Serving [bold]{escape(config.base_name)}[/bold]{adapters} at [bold]{url}[/bold]"
+
+
+def _say_that_there_are_no_keys(config: ServeConfig, listener: socket.socket) -> None:
+    if ipaddress.ip_address(listener.getsockname()[0]).is_loopback:
+        logger.info("no API keys: everyone on this machine may use and change everything")
+        return
+    logger.warning(
+        "no API keys, and --host %s is not this machine alone: everyone who reaches port %d may "
+        "use and change everything; make keys with 'sharelora-serve keys create' and give their "
+        "file with --api-keys",
+        config.host,
+        listener.getsockname()[1],
+    )
 
 
 class _Server(uvicorn.Server):

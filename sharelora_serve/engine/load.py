@@ -19,8 +19,8 @@ from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, PageTable
 from sharelora_serve.adapters.cache import AdapterCache
 from sharelora_serve.adapters.folder import AdapterFolder
 from sharelora_serve.adapters.layout import MODULES, BaseLayout
+from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.pool import MatrixPool
-from sharelora_serve.adapters.reference import AdapterName
 from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.adapters.residency import Waiting
 from sharelora_serve.adapters.store import AdapterStore
@@ -97,23 +97,21 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Loaded:
         on_change=wake.set,
     )
     registry = AdapterRegistry(layout, store, pool, adapters, keep_versions=config.adapter_versions)
-    folder_of_adapters = (
-        None if config.adapters is None else AdapterFolder(config.adapters, registry)
-    )
+    watched = None if config.adapters is None else AdapterFolder(config.adapters, registry)
 
     def close() -> None:
-        if folder_of_adapters is not None:
-            folder_of_adapters.close()
+        if watched is not None:
+            watched.close()
         registry.close()
         adapters.close()
         store.close()
 
     try:
         # First: what the others may take is what it leaves.
-        merged = _merge(config.merge, registry, folder_of_adapters, adapters, pool, wake)
-        if folder_of_adapters is not None:
-            _publish_folder(folder_of_adapters, console)
-            folder_of_adapters.start()
+        merged = _merge(config.merge, registry, watched, adapters, pool, wake)
+        if watched is not None:
+            _publish_folder(watched, console)
+            watched.start()
         kv_cache, kv_memory_bytes = _kv_cache(config, model, kernels, dtype)
         max_model_len = _max_model_len(config, model, kv_cache.max_tokens)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
@@ -275,8 +273,9 @@ def _merge(
         return None
     if folder is not None and name in folder.names():
         folder.publish(name)
+    parsed = AdapterName.parse(name)
     try:
-        version = registry.find(AdapterName.parse(name)).version
+        version = registry.find(*[parsed] if parsed is not None else []).version
     except ModelNotFoundError:
         there = [published.name.text for published in registry.adapters()]
         raise ConfigurationError(

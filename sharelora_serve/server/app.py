@@ -12,9 +12,11 @@ from sharelora_serve import __version__
 from sharelora_serve.config import ServeConfig
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.errors import EngineStoppedError, ServeError
+from sharelora_serve.server.auth import AuthenticationMiddleware
 from sharelora_serve.server.codec import TextCodec
 from sharelora_serve.server.errors import answer_http_error, answer_serve_error
 from sharelora_serve.server.generation import GenerationContext
+from sharelora_serve.server.keys import KeyFile
 from sharelora_serve.server.mailbox import Mailbox
 from sharelora_serve.server.metrics import Metrics
 from sharelora_serve.server.middleware import RequestIdMiddleware
@@ -26,6 +28,7 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
     """The HTTP application around an engine, which it starts and stops.
 
     Until the engine is warm the server does not accept connections; /ready tells when it stops.
+    Raises ConfigurationError if the file of API keys cannot be used.
     """
 
     @asynccontextmanager
@@ -49,5 +52,9 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
     app.include_router(operations_router)
     app.add_exception_handler(ServeError, answer_serve_error)
     app.add_exception_handler(HTTPException, answer_http_error)
+    # The last one added is the outermost: a refused request has its id too.
+    app.add_middleware(
+        AuthenticationMiddleware, keys=KeyFile(config.api_keys) if config.api_keys else None
+    )
     app.add_middleware(RequestIdMiddleware)
     return app

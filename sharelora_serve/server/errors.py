@@ -8,7 +8,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from sharelora_serve.errors import InvalidRequestError, ServeError
+from sharelora_serve.errors import AuthenticationError, InvalidRequestError, ServeError
 from sharelora_serve.server.ascii_json import AsciiJSONResponse
 
 INTERNAL_MESSAGE = (
@@ -77,12 +77,14 @@ def error_content(error: Exception) -> dict[str, Any]:
 
 
 def error_response(error: Exception) -> AsciiJSONResponse:
-    """The whole answer for `error`, with Retry-After where waiting helps."""
-    status, headers = ServeError.status, None
+    """The whole answer for `error`: Retry-After where waiting helps, WWW-Authenticate for a key."""
+    status, headers = ServeError.status, {}
     if isinstance(error, ServeError):
         status = error.status
         if error.retry_after_seconds is not None:
-            headers = {"retry-after": str(math.ceil(error.retry_after_seconds))}
+            headers["retry-after"] = str(math.ceil(error.retry_after_seconds))
+    if isinstance(error, AuthenticationError):
+        headers["www-authenticate"] = "Bearer"
     return AsciiJSONResponse(error_content(error), status_code=status, headers=headers)
 
 
