@@ -7,11 +7,13 @@ file of its own, which every version and tenant that has the same A shares.
 import hashlib
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Self
 
 from safetensors.torch import save
@@ -80,7 +82,16 @@ class FactorFiles:
             folder.mkdir(mode=0o700, exist_ok=True)
             _sync(folder.parent)
         for path in self._incoming.iterdir():
-            path.unlink()
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder for an upload, gone afterwards; StorageError if there is no room for one."""
+        try:
+            with TemporaryDirectory(dir=self._incoming) as folder:
+                yield Path(folder)
+        except OSError as error:
+            raise not_written(error) from None
 
     @contextmanager
     def incoming(self, adapter: Adapter) -> Iterator[Incoming]:
@@ -97,10 +108,7 @@ class FactorFiles:
                         paths[file] = self._incoming / uuid.uuid4().hex
                         _write(paths[file], content)
             except OSError as error:
-                raise StorageError(
-                    f"the adapter could not be written to the store: {error.strerror}; nothing "
-                    "was changed. Whoever runs the server should look at the disk of --store"
-                ) from None
+                raise not_written(error) from None
             yield Incoming(self._factors, manifest, paths)
         finally:
             for path in paths.values():
@@ -152,6 +160,15 @@ class FactorFiles:
             if digest != path.name:
                 problems.append(f"factors/{path.name}: holds bytes of another digest, {digest}")
         return problems
+
+
+def not_written(error: Exception) -> StorageError:
+    """What a client is told when the disk refused a change, without paths of the server."""
+    reason = error.strerror if isinstance(error, OSError) else error
+    return StorageError(
+        f"the store could not be written: {reason}; nothing was changed. Whoever runs the server "
+        "should look at the disk of --store"
+    )
 
 
 def _pack(adapter: Adapter) -> tuple[Manifest, dict[str, bytes]]:

@@ -2,7 +2,8 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Lock, Thread
@@ -129,6 +130,10 @@ class AdapterRegistry:
     def versions(self, name: AdapterName) -> list[StoredVersion]:
         """The versions that an adapter can be rolled back to, the one published last first."""
         return self._store.versions(name)
+
+    def scratch(self) -> AbstractContextManager[Path]:
+        """A folder for an upload, gone afterwards; StorageError for an OSError inside."""
+        return self._store.scratch()
 
     def publish(
         self,
@@ -263,11 +268,12 @@ class AdapterRegistry:
         if published is not None and published.is_from_folder:
             self.remove(published.name)
 
-    def _find(self, names: Iterable[AdapterName]) -> Published:
+    def _find(self, names: Sequence[AdapterName]) -> Published:
         for name in names:
             if published := self._published.get(name):
                 return published
-        raise ModelNotFoundError("there is no adapter of that name", param="model")
+        shown = repr(names[0].name) if names else "of that name"
+        raise ModelNotFoundError(f"there is no adapter {shown}", param="name")
 
     def _check(
         self,

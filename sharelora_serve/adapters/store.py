@@ -13,7 +13,7 @@ there whole or not at all, whenever the process or the machine stops.
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -21,7 +21,7 @@ from threading import Lock
 from filelock import FileLock, Timeout
 
 from sharelora_serve.adapters.adapter import Adapter
-from sharelora_serve.adapters.factor_files import FactorFiles, Manifest
+from sharelora_serve.adapters.factor_files import FactorFiles, Manifest, not_written
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.summary import AdapterSummary
@@ -203,6 +203,10 @@ class AdapterStore:
                 )
         return float(created_at)
 
+    def scratch(self) -> AbstractContextManager[Path]:
+        """A folder for an upload, gone afterwards; StorageError for an OSError inside."""
+        return self._files.scratch()
+
     def remove(self, name: AdapterName) -> None:
         """Forget a name and all its versions."""
         with self._writing() as database:
@@ -305,10 +309,7 @@ class AdapterStore:
                 if self._database.in_transaction:
                     self._database.execute("ROLLBACK")
                 if isinstance(error, sqlite3.Error | OSError):
-                    raise StorageError(
-                        f"the store could not be written: {error}; nothing was changed. Whoever "
-                        "runs the server should look at the disk of --store"
-                    ) from None
+                    raise not_written(error) from None
                 raise
 
 

@@ -63,8 +63,8 @@ def _run(config: ServeConfig, console: Console) -> None:
     with console.status(f"Loading {escape(config.base_name)}"):
         from sharelora_serve.engine.load import load_engine
         from sharelora_serve.server.app import create_app
-    engine = load_engine(config, console)
-    application = create_app(engine, config)
+    loaded = load_engine(config, console)
+    application = create_app(loaded, config)
     server = _Server(
         uvicorn.Config(
             application,
@@ -72,7 +72,7 @@ def _run(config: ServeConfig, console: Console) -> None:
             log_level=config.log_level,
             access_log=config.log_level == "debug",
         ),
-        engine,
+        loaded.engine,
         lambda: console.print(_announcement(config, listener), highlight=False, soft_wrap=True),
     )
     if config.api_keys is None:

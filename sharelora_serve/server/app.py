@@ -10,8 +10,9 @@ from starlette.exceptions import HTTPException
 
 from sharelora_serve import __version__
 from sharelora_serve.config import ServeConfig
-from sharelora_serve.engine.engine import Engine
+from sharelora_serve.engine.load import Loaded
 from sharelora_serve.errors import EngineStoppedError, ServeError
+from sharelora_serve.server.adapters import AdapterRoutes
 from sharelora_serve.server.auth import AuthenticationMiddleware
 from sharelora_serve.server.codec import TextCodec
 from sharelora_serve.server.errors import answer_http_error, answer_serve_error
@@ -24,20 +25,23 @@ from sharelora_serve.server.openai import OpenAIRoutes
 from sharelora_serve.server.operations import router as operations_router
 
 
-def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
+def create_app(loaded: Loaded, config: ServeConfig) -> FastAPI:
     """The HTTP application around an engine, which it starts and stops.
 
     Until the engine is warm the server does not accept connections; /ready tells when it stops.
     Raises ConfigurationError if the file of API keys cannot be used.
     """
 
+    engine, registry = loaded
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.context = GenerationContext(
             engine=engine,
+            registry=registry,
             codec=TextCodec(engine.tokenizer),
             mailbox=Mailbox(asyncio.get_running_loop()),
-            metrics=Metrics(engine),
+            metrics=Metrics(engine, registry),
         )
         try:
             await asyncio.to_thread(engine.start)
@@ -49,6 +53,7 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
 
     app = FastAPI(title="ShareLoRA Serve", version=__version__, lifespan=lifespan)
     app.include_router(OpenAIRoutes(config, int(time.time())).router)
+    app.include_router(AdapterRoutes(config).router)
     app.include_router(operations_router)
     app.add_exception_handler(ServeError, answer_serve_error)
     app.add_exception_handler(HTTPException, answer_http_error)

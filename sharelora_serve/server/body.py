@@ -3,18 +3,18 @@
 import asyncio
 import json
 import re
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any, NoReturn, Protocol, Self, TypeVar
 
 from pydantic import ValidationError
 from starlette.requests import Request
 
-from sharelora_serve.errors import RequestTooLargeError
+from sharelora_serve.errors import RequestTimeoutError, RequestTooLargeError
 from sharelora_serve.server.errors import BodyError, Problem, shortened
 
 DISCARDED_BYTES = 64 * 1024**2
 DISCARD_SECONDS = 5.0
+STALL_SECONDS = 20.0
 
 MAX_FIELDS = 2_000
 """Fields of one JSON object; the largest there is a use for is a logit_bias."""
@@ -37,31 +37,48 @@ Model = TypeVar("Model", bound=CheckedModel)
 
 
 async def read_body(request: Request, max_bytes: int) -> bytes:
-    """The whole body; RequestTooLargeError if it exceeds `max_bytes`.
+    """The whole body; RequestTooLargeError if it exceeds `max_bytes`."""
+    body = bytearray()
+    async for piece in body_pieces(request, max_bytes, "--max-request-bytes"):
+        body += piece
+    return bytes(body)
+
+
+async def body_pieces(request: Request, max_bytes: int, setting: str) -> AsyncGenerator[bytes]:
+    """The body as it arrives; RequestTooLargeError if it exceeds `max_bytes`, as `setting` says.
 
     What exceeds it is read on for a while and not kept: a client that is still sending when the
-    connection closes sees a broken pipe, not the answer.
+    connection closes sees a broken pipe, not the answer. Raises RequestTimeoutError when nothing
+    arrives for STALL_SECONDS.
     """
     declared = request.headers.get("content-length", "")
     is_too_large = declared.isdecimal() and int(declared) > max_bytes
-    body, num_bytes = bytearray(), 0
-    with suppress(TimeoutError):
-        async with asyncio.timeout(DISCARD_SECONDS if is_too_large else None) as patience:
-            async for piece in request.stream():
-                num_bytes += len(piece)
-                if num_bytes > max_bytes and not is_too_large:
-                    is_too_large = True
-                    patience.reschedule(asyncio.get_running_loop().time() + DISCARD_SECONDS)
-                if not is_too_large:
-                    body += piece
-                elif num_bytes > max_bytes + DISCARDED_BYTES:
-                    break
+    num_bytes, stream = 0, request.stream()
+    loop = asyncio.get_running_loop()
+    discard_until = loop.time() + DISCARD_SECONDS
+    while num_bytes <= max_bytes + DISCARDED_BYTES:
+        patience = discard_until - loop.time() if is_too_large else STALL_SECONDS
+        try:
+            async with asyncio.timeout(patience):
+                piece = await anext(stream, None)
+        except TimeoutError:
+            if is_too_large:
+                break
+            raise RequestTimeoutError(
+                f"Nothing of the body arrived for {STALL_SECONDS:g} seconds; send it again."
+            ) from None
+        if piece is None:
+            break
+        num_bytes += len(piece)
+        if num_bytes > max_bytes and not is_too_large:
+            is_too_large, discard_until = True, loop.time() + DISCARD_SECONDS
+        if not is_too_large:
+            yield piece
     if is_too_large:
         raise RequestTooLargeError(
             f"The body is larger than {max_bytes} bytes, the most this server accepts; "
-            "send less, or raise --max-request-bytes."
+            f"send less, or raise {setting}."
         )
-    return bytes(body)
 
 
 def parse_json(body: bytes) -> dict[str, Any]:

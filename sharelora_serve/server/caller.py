@@ -35,6 +35,10 @@ class Caller:
             meant.insert(0, AdapterName(self.tenant, named.name))
         return [name for name in meant if self.may_see(name)]
 
+    def shown(self, adapter: AdapterName) -> str:
+        """What the caller calls an adapter that it may see."""
+        return adapter.text if self.is_admin else adapter.name
+
     def may_see(self, adapter: AdapterName) -> bool:
         """Whether the caller may use the adapter and know that it exists."""
         return self.is_admin or adapter.owner in (None, self.tenant)

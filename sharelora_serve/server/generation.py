@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from sharelora_serve.adapters.adapter import AdapterVersion
+from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from sharelora_serve.errors import ServeError
@@ -33,6 +34,7 @@ class GenerationContext:
     """What every generation of a server works with."""
 
     engine: Engine
+    registry: AdapterRegistry
     codec: TextCodec
     mailbox: Mailbox
     metrics: Metrics
@@ -48,12 +50,15 @@ class Generation:
         request_id: str,
         model: str,
         adapter: AdapterVersion | None,
+        tenant: str | None,
         prompts: Sequence[Prompt],
         num_choices: int,
         options: ChoiceOptions,
         sampling: Callable[[Prompt, int], SamplingParams],
     ) -> None:
-        """`sampling(prompt, i)` is what the engine is asked for choice i of a prompt.
+        """`adapter` was bound for this and is let go of by `close`; None is the base.
+
+        `sampling(prompt, i)` is what the engine is asked for choice i of a prompt.
 
         `request_id` names the HTTP request in the log; the engine's ids are new ones, since a
         client may send the same x-request-id twice.
@@ -83,6 +88,7 @@ class Generation:
                     sampling=sampling(prompt, index),
                     arrived_at=self._arrived_at,
                     deliver=context.mailbox.deliver_to(self._receiver(choice)),
+                    tenant=tenant,
                 )
                 self.choices.append(choice)
                 self._requests.append(request)
@@ -132,6 +138,8 @@ class Generation:
         """Free what is still running, count the request and log it. `error` is why it failed."""
         if not self.is_cancelled:
             self._abort_unfinished()
+        if self._adapter is not None:
+            self._context.registry.unbind(self._adapter)
         seconds = time.monotonic() - self._arrived_at
         metrics, outcome = self._context.metrics, self._outcome(error)
         metrics.requests.labels(outcome=outcome).inc()

@@ -7,6 +7,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.engine.engine import Engine
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -30,7 +31,7 @@ class Metrics:
     monitoring holds. Tokens are counted per adapter, and stay while it is idle.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, registry: AdapterRegistry) -> None:
         """Engine, scheduler and caches are asked for their figures at every scrape."""
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -55,7 +56,7 @@ class Metrics:
             "sharelora_request_seconds", "From a request's arrival to its end.", _SECONDS
         )
         self._token_counts: dict[str | None, TokenCounts] = {}
-        self.registry.register(_EngineFigures(engine, self._token_counts))
+        self.registry.register(_EngineFigures(engine, registry, self._token_counts))
 
     def token_counts(self, adapter_name: str | None) -> TokenCounts:
         """The counts of an adapter, or of the base for None, to add to."""
@@ -72,13 +73,20 @@ class Metrics:
 class _EngineFigures(Collector):
     """Reads engine, KV cache, adapter cache and pool at the moment of a scrape."""
 
-    def __init__(self, engine: Engine, token_counts: dict[str | None, TokenCounts]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        registry: AdapterRegistry,
+        token_counts: dict[str | None, TokenCounts],
+    ) -> None:
         self._engine = engine
+        self._registry = registry
         self._token_counts = token_counts
 
     def collect(self) -> Iterator[Metric]:
         """Every figure as a metric family."""
         stats, cache = self._engine.stats(), self._engine.adapters.stats()
+        published = self._registry.adapters()
         pool = cache.pool
         gauges = {
             "requests_running": (stats.num_running, "Requests in the running batch."),
@@ -86,7 +94,8 @@ class _EngineFigures(Collector):
             "kv_blocks_used": (stats.kv_blocks_used, "KV cache blocks that requests refer to."),
             "kv_blocks": (stats.kv_blocks_total, "KV cache blocks in all."),
             "kv_memory_bytes": (stats.kv_memory_bytes, "Memory of the KV cache."),
-            "adapters_published": (cache.num_published, "Adapters that can be asked for."),
+            "adapters_published": (len(published), "Adapters that can be asked for."),
+            "adapters_pinned": (cache.num_pinned, "Adapters that stay on the device."),
             "adapter_memory_capacity_bytes": (
                 pool.capacity_bytes,
                 "Bound of the adapters' device memory.",
@@ -151,7 +160,7 @@ class _EngineFigures(Collector):
             "tier",
             {"device": cache.device_evictions, "host": cache.host_evictions},
         )
-        names = {None, *(version.name for version in self._engine.adapters.versions())}
+        names = {None, *(item.name.text for item in published)}
         counts = {name: self._token_counts.get(name, TokenCounts()) for name in names}
         for kind in ("prompt", "completion"):
             yield _by_label(

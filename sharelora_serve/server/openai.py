@@ -8,10 +8,17 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sharelora_serve.adapters.adapter import AdapterVersion
+from sharelora_serve.adapters.registry import Published
 from sharelora_serve.config import ServeConfig
-from sharelora_serve.errors import ContextLengthError, InvalidRequestError, ServeError
+from sharelora_serve.errors import (
+    ContextLengthError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    ServeError,
+)
 from sharelora_serve.server.ascii_json import AsciiJSONResponse
 from sharelora_serve.server.body import parse_body, read_body
+from sharelora_serve.server.caller import Caller
 from sharelora_serve.server.choice import ChoiceOptions
 from sharelora_serve.server.delivery import GenerationResponse
 from sharelora_serve.server.errors import BodyError
@@ -48,14 +55,27 @@ class OpenAIRoutes:
     async def list_models(self, request: Request) -> Response:
         """The base, then every adapter by name."""
         context: GenerationContext = request.app.state.context
-        versions = sorted(context.engine.adapters.versions(), key=lambda version: version.name)
-        models = [self._model(context, version) for version in (None, *versions)]
+        caller: Caller = request.state.caller
+        seen = {
+            caller.shown(published.name): published
+            for published in reversed(context.registry.adapters())
+            if caller.may_see(published.name)
+        }
+        models = [self._base(context), *(self._model(context, n, seen[n]) for n in sorted(seen))]
         return AsciiJSONResponse({"object": "list", "data": models})
 
     async def show_model(self, request: Request, model: str) -> Response:
         """One of them."""
         context: GenerationContext = request.app.state.context
-        return AsciiJSONResponse(self._model(context, self._resolve(context, model)))
+        if model == context.engine.base_name:
+            return AsciiJSONResponse(self._base(context))
+        caller: Caller = request.state.caller
+        try:
+            published = context.registry.find(*caller.candidates(model))
+        except ModelNotFoundError:
+            raise self._unknown(context, model) from None
+        name = caller.shown(published.name)
+        return AsciiJSONResponse(self._model(context, name, published))
 
     async def complete(self, request: Request) -> Response:
         """Continue one or several prompts."""
@@ -73,7 +93,7 @@ class OpenAIRoutes:
             content = await read_body(request, self._config.max_request_bytes)
             # Parsing and tokenizing a long body take a while, in which other streams go on.
             body, adapter, prompts = await asyncio.to_thread(
-                self._understand, context, content, model
+                self._understand, context, request.state.caller, content, model
             )
         except ServeError:
             context.metrics.requests.labels(outcome="refused").inc()
@@ -84,6 +104,7 @@ class OpenAIRoutes:
             request_id=request.state.request_id,
             model=body.model,
             adapter=adapter,
+            tenant=request.state.caller.tenant,
             prompts=prompts,
             num_choices=body.num_choices,
             options=ChoiceOptions(
@@ -105,18 +126,30 @@ class OpenAIRoutes:
         return GenerationResponse(generation, answer, streams=bool(body.stream))
 
     def _understand(
-        self, context: GenerationContext, content: bytes, model: type[GenerationFields]
+        self,
+        context: GenerationContext,
+        caller: Caller,
+        content: bytes,
+        model: type[GenerationFields],
     ) -> tuple[GenerationFields, AdapterVersion | None, list[Prompt]]:
-        """The request in a body, whom it is for and its prompts, or the error that refuses it."""
+        """The request in a body, the version bound for it and its prompts; or what refuses it."""
         body = parse_body(content, model)
-        adapter = self._resolve(context, body.model)
+        adapter = self._bind(context, caller, body.model)
+        try:
+            return body, adapter, self._checked_prompts(context, body)
+        except BaseException:
+            if adapter is not None:
+                context.registry.unbind(adapter)
+            raise
+
+    def _checked_prompts(self, context: GenerationContext, body: GenerationFields) -> list[Prompt]:
         problems = [
             *body.too_many(self._config.max_queue),
             *body.tokens_out_of_range(context.engine.vocab_size),
         ]
         if problems:
             raise BodyError(problems)
-        return body, adapter, self._prompts(context, body)
+        return self._prompts(context, body)
 
     def _prompts(self, context: GenerationContext, body: GenerationFields) -> list[Prompt]:
         """Every prompt of the body as tokens, each with room for its answer."""
@@ -176,21 +209,46 @@ class OpenAIRoutes:
             )
         return Prompt(token_ids, echo, wanted)
 
-    def _resolve(self, context: GenerationContext, model: str) -> AdapterVersion | None:
-        """The adapter that `model` names, None for the base; ModelNotFoundError for neither."""
+    def _bind(
+        self, context: GenerationContext, caller: Caller, model: str
+    ) -> AdapterVersion | None:
+        """The version that `model` stands for, bound, or None for the base.
+
+        ModelNotFoundError for neither, and for what is not the caller's.
+        """
         if model == context.engine.base_name:
             return None
-        return context.engine.adapters.resolve(model)
+        try:
+            return context.registry.bind(*caller.candidates(model))
+        except ModelNotFoundError:
+            raise self._unknown(context, model) from None
 
-    def _model(self, context: GenerationContext, adapter: AdapterVersion | None) -> dict[str, Any]:
-        """A model as OpenAI lists it, with vLLM's `root` and `parent`."""
-        base = context.engine.base_name
+    def _unknown(self, context: GenerationContext, model: str) -> ModelNotFoundError:
+        return ModelNotFoundError(
+            f"the model {model!r} does not exist: it is neither the base "
+            f"{context.engine.base_name!r} nor an adapter; /v1/models lists what is served",
+            param="model",
+        )
+
+    def _base(self, context: GenerationContext) -> dict[str, Any]:
+        """The base as OpenAI lists a model, with vLLM's `root` and `parent`."""
+        name = context.engine.base_name
         return {
-            "id": base if adapter is None else adapter.name,
+            "id": name,
             "object": "model",
             "created": self._started_at,
             "owned_by": "sharelora-serve",
-            "root": base if adapter is None else adapter.digest,
-            "parent": None if adapter is None else base,
+            "root": name,
+            "parent": None,
             "max_model_len": context.engine.max_model_len,
+        }
+
+    def _model(self, context: GenerationContext, name: str, published: Published) -> dict[str, Any]:
+        """An adapter likewise."""
+        return self._base(context) | {
+            "id": name,
+            "created": int(published.created_at),
+            "owned_by": published.name.owner or "sharelora-serve",
+            "root": published.version.digest,
+            "parent": context.engine.base_name,
         }

@@ -83,7 +83,12 @@ class ServerProcess:
 def running_server(
     log: Path, *arguments: str, command: Sequence[str] = COMMAND
 ) -> Iterator[ServerProcess]:
-    """A server that accepts requests; on leaving it is ended if it still runs."""
+    """A server that accepts requests; on leaving it is ended if it still runs.
+
+    What is published stays in the folder `store` beside the log, unless told otherwise.
+    """
+    if "--store" not in arguments:
+        arguments = (*arguments, "--store", str(log.parent / "store"))
     with (
         log.open("wb") as output,
         subprocess.Popen(

@@ -5,12 +5,15 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
+from sharelora_serve.adapters.adapter import AdapterVersion
+from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.config import ServeConfig
-from sharelora_serve.engine.engine import Engine
-from sharelora_serve.engine.load import load_engine
+from sharelora_serve.engine.load import Loaded, load_engine
 from sharelora_serve.engine.request import (
     FinishReason,
     Request,
@@ -56,17 +59,18 @@ class Served:
 
 
 @contextmanager
-def running_engine(config: ServeConfig) -> Iterator[Engine]:
-    """A started engine, stopped on leaving."""
-    engine = load_engine(config)
-    engine.start()
-    try:
-        yield engine
-    finally:
-        engine.stop()
+def running_engine(config: ServeConfig) -> Iterator[Loaded]:
+    """A started engine with a store of its own, stopped on leaving."""
+    with TemporaryDirectory() as store:
+        loaded = load_engine(config.model_copy(update={"store": Path(store)}))
+        loaded.engine.start()
+        try:
+            yield loaded
+        finally:
+            loaded.engine.stop()
 
 
-def serve_together(engine: Engine, cases: Sequence[Case]) -> list[Served]:
+def serve_together(loaded: Loaded, cases: Sequence[Case]) -> list[Served]:
     """Submit all cases before waiting for any; their answers in the same order.
 
     End tokens are ignored, so that every answer has its full length.
@@ -74,7 +78,7 @@ def serve_together(engine: Engine, cases: Sequence[Case]) -> list[Served]:
     answers = [Served() for _ in cases]
     outputs: queue.SimpleQueue[tuple[int, RequestOutput]] = queue.SimpleQueue()
     for index, case in enumerate(cases):
-        engine.submit(_request(engine, index, case, outputs))
+        loaded.engine.submit(_request(loaded, index, case, outputs))
     num_left = len(cases)
     order = 0
     while num_left:
@@ -93,6 +97,11 @@ def serve_together(engine: Engine, cases: Sequence[Case]) -> list[Served]:
             assert output.finish_reason == FinishReason.LENGTH, f"{cases[index]}: {output}"
             num_left -= 1
     return answers
+
+
+def version_of(loaded: Loaded, name: str) -> AdapterVersion:
+    """What a public adapter's name stands for."""
+    return loaded.registry.find(AdapterName(None, name)).version
 
 
 def assert_equal(case: Case, served: Served, reference: ReferenceAnswer) -> None:
@@ -115,14 +124,14 @@ def assert_equal(case: Case, served: Served, reference: ReferenceAnswer) -> None
 
 
 def _request(
-    engine: Engine,
+    loaded: Loaded,
     index: int,
     case: Case,
     outputs: queue.SimpleQueue[tuple[int, RequestOutput]],
 ) -> Request:
     return Request(
         request_id=f"case-{index}",
-        adapter=None if case.adapter is None else engine.adapters.resolve(case.adapter),
+        adapter=None if case.adapter is None else version_of(loaded, case.adapter),
         prompt_ids=case.prompt_ids,
         sampling=SamplingParams(
             max_tokens=case.num_tokens, temperature=0.0, ignore_eos=True, logprobs=NUM_TOP

@@ -13,14 +13,14 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sharelora_serve.config import ServeConfig
-from sharelora_serve.engine.engine import Engine
+from sharelora_serve.engine.load import Loaded
 from sharelora_serve.engine.request import FinishReason, Request, RequestOutput, SamplingParams
 from sharelora_serve.engine.scheduler import ScheduledRequest
 from sharelora_serve.models.embedded import embedded_base_folder
 from tests.golden.adapters import write_adapters
 from tests.golden.bases import QUESTION, STORY
 from tests.golden.reference import folded, load_reference
-from tests.golden.serving import DEADLINE_SECONDS, running_engine
+from tests.golden.serving import DEADLINE_SECONDS, running_engine, version_of
 
 OWNERS = (None, "lora", "lora-rank-61", "share-a", "share-ab", "rslora")
 TEXTS = (
@@ -70,10 +70,11 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
 
 
 def served_logits(
-    engine: Engine, texts: Texts, monkeypatch: pytest.MonkeyPatch
+    loaded: Loaded, texts: Texts, monkeypatch: pytest.MonkeyPatch
 ) -> Iterator[Tensor]:
     """The logits at every position of each text, all computed together, by the real engine."""
     chunks: defaultdict[str, list[Tensor]] = defaultdict(list)
+    engine = loaded.engine
     run = engine._runner.run
 
     def run_and_record(scheduled: Sequence[ScheduledRequest]) -> tuple[Tensor, list[slice]]:
@@ -88,7 +89,7 @@ def served_logits(
         engine.submit(
             Request(
                 request_id=str(index),
-                adapter=None if owner is None else engine.adapters.resolve(owner),
+                adapter=None if owner is None else version_of(loaded, owner),
                 prompt_ids=token_ids,
                 sampling=SamplingParams(max_tokens=0, prompt_logprobs=0),
                 arrived_at=time.monotonic(),
@@ -109,9 +110,9 @@ def test_half_precision_stays_near_float32(
     config = ServeConfig(adapters=texts.adapters_folder, device="cpu", dtype=dtype, threads=2)
     max_logit = max_logprob = total = 0.0
     num_positions = num_same_choice = 0
-    with running_engine(config) as engine:
+    with running_engine(config) as loaded:
         for found, expected in zip(
-            served_logits(engine, texts, monkeypatch), texts.logits, strict=True
+            served_logits(loaded, texts, monkeypatch), texts.logits, strict=True
         ):
             assert found.shape == expected.shape
             difference = (found - expected).abs()

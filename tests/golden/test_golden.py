@@ -63,8 +63,8 @@ def test_no_adapter_could_be_mistaken_for_the_base_or_another(base: Base) -> Non
 def test_every_form_beside_all_others_and_the_base_gives_the_tokens_of_its_folded_model(
     base: Base,
 ) -> None:
-    with running_engine(base.config(kernels="cpu")) as engine:
-        answers = serve_together(engine, base.cases)
+    with running_engine(base.config(kernels="cpu")) as loaded:
+        answers = serve_together(loaded, base.cases)
     assert_all_right(base, answers)
     assert max_owners_in_flight(base.cases, answers) > len(FORMS) / 2
 
@@ -72,16 +72,16 @@ def test_every_form_beside_all_others_and_the_base_gives_the_tokens_of_its_folde
 def test_the_kernels_in_plain_torch_give_these_tokens_too(base: Base) -> None:
     # SmolLM2 takes plain torch a minute for all forms; they are the same kernels for every base.
     cases = base.cases[:6] if base.name == EMBEDDED else base.cases
-    with running_engine(base.config(kernels="reference")) as engine:
-        answers = serve_together(engine, cases)
+    with running_engine(base.config(kernels="reference")) as loaded:
+        answers = serve_together(loaded, cases)
     for case, served in zip(cases, answers, strict=True):
         base.assert_right(case, served)
 
 
 def test_chunks_preemption_eviction_and_reload_change_no_token(base: Base) -> None:
-    with running_engine(base.tight_config()) as engine:
-        answers = serve_together(engine, base.cases)
-        stats, adapters = engine.stats(), engine.adapters.stats()
+    with running_engine(base.tight_config()) as loaded:
+        answers = serve_together(loaded, base.cases)
+        stats, adapters = loaded.engine.stats(), loaded.engine.adapters.stats()
     assert_all_right(base, answers)
     assert stats.num_preemptions > 0
     assert adapters.device_evictions > 0
@@ -92,8 +92,8 @@ def test_with_one_adapter_merged_everybody_still_gets_their_own_tokens(
     base: Base, seed: int
 ) -> None:
     merged = random.Random(f"{seed} {base.name}").choice(list(FORMS))
-    with running_engine(base.config(merge=merged)) as engine:
-        answers = serve_together(engine, base.cases)
+    with running_engine(base.config(merge=merged)) as loaded:
+        answers = serve_together(loaded, base.cases)
     assert_all_right(base, answers)
 
 
@@ -101,12 +101,12 @@ def test_a_cached_prefix_changes_no_token_and_never_serves_another_adapter(base:
     half = len(base.shared_cases) // 2
     first, second = base.shared_cases[:half], base.shared_cases[half:]
     num_full = (len(first[0].prompt_ids) - 1) // 16 * 16
-    with running_engine(base.config()) as engine:
+    with running_engine(base.config()) as loaded:
         for cases in (first, second):  # the second half finds the prompt of the first, and others
-            for case, served in zip(cases, serve_together(engine, cases), strict=True):
+            for case, served in zip(cases, serve_together(loaded, cases), strict=True):
                 assert served.num_cached_tokens == 0, case.adapter
                 base.assert_right(case, served)
-        answers = serve_together(engine, base.cases)
+        answers = serve_together(loaded, base.cases)
     for case, served in zip(base.cases, answers, strict=True):
         if case in base.shared_cases:
             assert served.num_cached_tokens == num_full > 0, case.adapter
@@ -117,8 +117,8 @@ def test_a_cached_prefix_changes_no_token_and_never_serves_another_adapter(base:
 def test_adapters_that_peft_wrote_or_could_have_written_answer_as_in_peft(seed: int) -> None:
     with open_base("qwen2", seed) as base:
         cases = [case for case in base.shared_cases if case.adapter in PEFT_NAMES]
-        with running_engine(base.config()) as engine:
-            answers = serve_together(engine, cases)
+        with running_engine(base.config()) as loaded:
+            answers = serve_together(loaded, cases)
         for case, served in zip(cases, answers, strict=True):
             folder: Path = base.adapters_folder / str(case.adapter)
             assert_equal(

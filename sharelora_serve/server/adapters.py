@@ -1,0 +1,371 @@
+"""The routes by which adapters are published, seen, changed and removed while requests run."""
+
+import asyncio
+import os
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+from fastapi import APIRouter, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import PlainTextResponse, Response
+
+from sharelora_serve.adapters.naming import AdapterName, check_name
+from sharelora_serve.adapters.registry import AdapterRegistry, Published
+from sharelora_serve.adapters.unpack import unpack
+from sharelora_serve.config import ServeConfig
+from sharelora_serve.errors import (
+    AdapterExistsError,
+    InvalidRequestError,
+    ModelNotFoundError,
+    PermissionDeniedError,
+)
+from sharelora_serve.server.ascii_json import AsciiJSONResponse
+from sharelora_serve.server.body import parse_body, read_body
+from sharelora_serve.server.caller import Caller, require_admin
+from sharelora_serve.server.errors import Problem
+from sharelora_serve.server.generation import GenerationContext
+from sharelora_serve.server.upload import Receiver, Upload
+
+_Result = TypeVar("_Result")
+
+# Publications that are checked and stored at the same time, and how much of the processor they
+# leave to the requests that run.
+_NUM_WORKERS = 2
+_NICENESS = 5
+
+
+class _Fields(BaseModel):
+    """A JSON body of these routes."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    def disagreements(self) -> list[Problem]:
+        """No two of the fields can disagree."""
+        return []
+
+
+class RollbackFields(_Fields):
+    """Which version to serve again: its digest or the beginning of it; null is the one before."""
+
+    version: str | None = None
+
+
+class LoadFields(_Fields):
+    """vLLM's request to load an adapter from the adapters folder."""
+
+    lora_name: str = Field(min_length=1)
+    lora_path: str = Field(min_length=1)
+    load_inplace: bool = False
+
+
+class UnloadFields(_Fields):
+    """vLLM's request to unload an adapter; its number is vLLM's own and tells nothing here."""
+
+    lora_name: str = Field(min_length=1)
+    lora_int_id: int | None = None
+
+
+class AdapterRoutes:
+    """The routes under /v1/adapters, and vLLM's two."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        self._config = config
+        self._receiver = Receiver(config.max_adapter_bytes)
+        # Threads of their own: requests are parsed in asyncio's, and must not wait for a disk.
+        self._workers = ThreadPoolExecutor(_NUM_WORKERS, "publisher", initializer=_yield_to_others)
+        self.router = router = APIRouter(prefix="/v1")
+        for method, path, answer in (
+            ("GET", "/adapters", self.list_adapters),
+            ("POST", "/adapters", self.create),
+            ("POST", "/adapters/{name:path}/pin", self.pin),
+            ("POST", "/adapters/{name:path}/unpin", self.unpin),
+            ("POST", "/adapters/{name:path}/rollback", self.roll_back),
+            ("GET", "/adapters/{name:path}", self.show),
+            ("PUT", "/adapters/{name:path}", self.publish),
+            ("DELETE", "/adapters/{name:path}", self.delete),
+            ("POST", "/load_lora_adapter", self.load_lora_adapter),
+            ("POST", "/unload_lora_adapter", self.unload_lora_adapter),
+        ):
+            router.add_api_route(path, answer, methods=[method], response_model=None)
+
+    async def list_adapters(
+        self,
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        after: str | None = None,
+    ) -> Response:
+        """The adapters that the caller may see, by name, `limit` of them after the name `after`."""
+        caller, registry = _caller(request), _registry(request)
+        seen = {
+            caller.shown(published.name): published
+            for published in reversed(registry.adapters())  # of equal names the tenant's own stays
+            if caller.may_see(published.name)
+        }
+        names = sorted(name for name in seen if after is None or name > after)
+        page = names[:limit]
+        content = {
+            "object": "list",
+            "data": [self._describe(request, seen[name]) for name in page],
+            "first_id": page[0] if page else None,
+            "last_id": page[-1] if page else None,
+            "has_more": len(names) > len(page),
+        }
+        return AsciiJSONResponse(content)
+
+    async def show(self, request: Request, name: str) -> Response:
+        """One adapter with its versions."""
+        published = self._find(request, name)
+        return await self._answer(request, published)
+
+    async def create(self, request: Request) -> Response:
+        """Publish a new adapter."""
+        async with self._receiver.receive(request) as upload:
+            name = self._target(request, upload.name or "")
+            self._refuse_shadow(request, name)
+            published = await self._publish(request, name, upload, must_be_new=True)
+        return await self._answer(request, published, status=201)
+
+    async def publish(self, request: Request, name: str) -> Response:
+        """Publish a new version of an adapter."""
+        async with self._receiver.receive(request) as upload:
+            if upload.name not in (None, name):
+                raise InvalidRequestError(
+                    f"name: {upload.name!r} is not the name in the path; leave it out",
+                    param="name",
+                )
+            target = self._changeable(request, name)
+            published = await self._publish(request, target, upload, must_be_new=False)
+        return await self._answer(request, published)
+
+    async def delete(self, request: Request, name: str) -> Response:
+        """Remove an adapter; requests that run end on their version."""
+        target, expected = self._changeable(request, name), _if_match(request)
+        await self._change(lambda: _registry(request).remove(target, expected=expected))
+        return AsciiJSONResponse({"id": name, "object": "adapter", "deleted": True})
+
+    async def pin(self, request: Request, name: str) -> Response:
+        """Keep an adapter on the device."""
+        return await self._set_pinned(request, name, True)
+
+    async def unpin(self, request: Request, name: str) -> Response:
+        """Let an adapter be evicted again."""
+        return await self._set_pinned(request, name, False)
+
+    async def roll_back(self, request: Request, name: str) -> Response:
+        """Serve an earlier version again."""
+        content = await read_body(request, self._config.max_request_bytes)
+        fields = parse_body(content, RollbackFields) if content else RollbackFields()
+        target, expected = self._changeable(request, name), _if_match(request)
+        published = await self._change(
+            lambda: _registry(request).roll_back(target, fields.version, expected=expected)
+        )
+        return await self._answer(request, published)
+
+    async def load_lora_adapter(self, request: Request) -> Response:
+        """As vLLM's: publish a folder of the adapters folder under a name."""
+        require_admin(_caller(request))
+        fields = parse_body(await read_body(request, self._config.max_request_bytes), LoadFields)
+        path = self._inside_adapters_folder(fields.lora_path)
+        name = self._target(request, fields.lora_name)
+        must_be_new = None if fields.load_inplace else True
+        try:
+            await self._change(
+                lambda: _registry(request).publish(name, path, must_be_new=must_be_new)
+            )
+        except AdapterExistsError:
+            raise InvalidRequestError(
+                f"The lora adapter {fields.lora_name!r} has already been loaded. If you want to "
+                "load the adapter in place, set 'load_inplace' to True.",
+                param="lora_name",
+            ) from None
+        return PlainTextResponse(f"Success: LoRA adapter '{fields.lora_name}' added successfully.")
+
+    async def unload_lora_adapter(self, request: Request) -> Response:
+        """As vLLM's: remove an adapter."""
+        require_admin(_caller(request))
+        fields = parse_body(await read_body(request, self._config.max_request_bytes), UnloadFields)
+        name = self._target(request, fields.lora_name)
+        await self._change(lambda: _registry(request).remove(name))
+        return PlainTextResponse(
+            f"Success: LoRA adapter '{fields.lora_name}' removed successfully."
+        )
+
+    async def _publish(
+        self, request: Request, name: AdapterName, upload: Upload, *, must_be_new: bool
+    ) -> Published:
+        registry, expected = _registry(request), _if_match(request)
+
+        def publish() -> Published:
+            with registry.scratch() as folder:
+                path = unpack(upload.file, folder, max_bytes=self._config.max_adapter_bytes)
+                return registry.publish(name, path, must_be_new=must_be_new, expected=expected)
+
+        return await self._change(publish)
+
+    async def _set_pinned(self, request: Request, name: str, is_pinned: bool) -> Response:
+        require_admin(_caller(request))  # the device's memory is everybody's
+        target = self._changeable(request, name)
+        published = await self._change(lambda: _registry(request).set_pinned(target, is_pinned))
+        return await self._answer(request, published)
+
+    async def _change(self, change: Callable[[], _Result]) -> _Result:
+        """Run a change to its end, even if the client goes: it is then done or not, never half."""
+        return await asyncio.get_running_loop().run_in_executor(self._workers, change)
+
+    def _find(self, request: Request, name: str) -> Published:
+        caller = _caller(request)
+        try:
+            return _registry(request).find(*caller.candidates(name))
+        except ModelNotFoundError:
+            raise _no_such(name) from None
+
+    def _target(self, request: Request, text: str) -> AdapterName:
+        """The adapter that a caller means to make or change by a name.
+
+        Raises AdapterInvalidError for a name that nobody can have, ModelNotFoundError for one of
+        another tenant's, whether it is there or not.
+        """
+        caller, name = _caller(request), AdapterName.parse(text)
+        if name is None:
+            check_name(text, self._config.base_name)
+            raise AssertionError(f"{text!r} is a name and no name")
+        if caller.tenant is None:
+            return name
+        if name.owner not in (None, caller.tenant):
+            raise _no_such(text)
+        return AdapterName(caller.tenant, name.name)
+
+    def _changeable(self, request: Request, text: str) -> AdapterName:
+        """The same for an adapter that is to be there.
+
+        Raises PermissionDeniedError where a tenant sees a public one of that name.
+        """
+        name = self._target(request, text)
+        if _caller(request).tenant is not None:
+            self._refuse_public(request, name)
+        return name
+
+    def _refuse_public(self, request: Request, own: AdapterName) -> None:
+        registry = _registry(request)
+        try:
+            found = registry.find(own, AdapterName(None, own.name))
+        except ModelNotFoundError:
+            raise _no_such(own.name) from None
+        if found.name.owner is None:
+            raise PermissionDeniedError(
+                f"adapter {own.name!r} is public: only an admin may change it; publish one of "
+                "your own under another name"
+            )
+
+    def _refuse_shadow(self, request: Request, name: AdapterName) -> None:
+        """A tenant may not take the name of a public adapter, which its requests would lose."""
+        if name.owner is None:
+            return
+        try:
+            _registry(request).find(AdapterName(None, name.name))
+        except ModelNotFoundError:
+            return
+        raise AdapterExistsError(
+            f"{name.name!r} is the name of a public adapter; choose another", param="name"
+        )
+
+    def _inside_adapters_folder(self, text: str) -> Path:
+        folder = self._config.adapters
+        if folder is None:
+            raise InvalidRequestError(
+                "lora_path: this server has no adapters folder (--adapters); upload the adapter "
+                "with POST /v1/adapters",
+                param="lora_path",
+            )
+        root = folder.resolve()
+        try:
+            path = (root / text).resolve()
+            is_inside = path.is_relative_to(root) and path != root and path.exists()
+        except (OSError, ValueError, RuntimeError):  # too long, a NUL, a loop of links
+            is_inside = False
+        if not is_inside:
+            raise InvalidRequestError(
+                f"lora_path: {text[:200]!r} is no folder in the server's adapters folder; give its "
+                "name there",
+                param="lora_path",
+            )
+        return path
+
+    async def _answer(
+        self, request: Request, published: Published, *, status: int = 200
+    ) -> Response:
+        """An adapter with its versions, and the version as its entity tag."""
+        registry = _registry(request)
+        versions = await self._change(lambda: registry.versions(published.name))
+        content = self._describe(request, published)
+        content["versions"] = [
+            {
+                "version": version.digest,
+                "published_at": int(version.published_at),
+                "is_current": version.digest == published.version.digest,
+            }
+            for version in versions
+        ]
+        headers = {"etag": f'"{published.version.digest}"'}
+        if status == 201:
+            headers["location"] = f"/v1/adapters/{content['name']}"
+        request.state.adapter_version = published.version.digest
+        return AsciiJSONResponse(content, status_code=status, headers=headers)
+
+    def _describe(self, request: Request, published: Published) -> dict[str, Any]:
+        caller, context = _caller(request), _context(request)
+        summary, name = published.summary, caller.shown(published.name)
+        return {
+            "id": name,
+            "object": "adapter",
+            "name": name,
+            "owner": published.name.owner,
+            "base": self._config.base_name,
+            "version": published.version.digest,
+            "digest": published.version.digest,
+            "created_at": int(published.created_at),
+            "from_folder": published.is_from_folder,
+            "pinned": published.is_pinned,
+            "residency": context.engine.adapters.tier(published.version),
+            "sharing": summary.sharing,
+            "shares_qkv": summary.shares_qkv,
+            "ranks": list(summary.ranks),
+            "modules": [module.rpartition(".")[2] for module in summary.modules],
+            "num_layers": summary.num_layers,
+            "num_factors": summary.num_factors,
+            "bytes_stored": summary.stored_bytes,
+            "bytes_expanded": summary.expanded_bytes,
+        }
+
+
+def _context(request: Request) -> GenerationContext:
+    context: GenerationContext = request.app.state.context
+    return context
+
+
+def _registry(request: Request) -> AdapterRegistry:
+    return _context(request).registry
+
+
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller
+    return caller
+
+
+def _no_such(name: str) -> ModelNotFoundError:
+    return ModelNotFoundError(f"there is no adapter {name[:200]!r}", param="name")
+
+
+def _if_match(request: Request) -> str | None:
+    """The version that If-Match names, None for any."""
+    tag = request.headers.get("if-match", "*").strip()
+    return None if tag == "*" else tag.removeprefix("W/").strip('"')
+
+
+def _yield_to_others() -> None:
+    if sys.platform == "linux":  # where threads have priorities of their own
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)
