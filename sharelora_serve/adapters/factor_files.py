@@ -16,13 +16,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter, FactorPair
-from sharelora_serve.adapters.adapter_files import read_weights
 from sharelora_serve.adapters.format import adapter_digest
-from sharelora_serve.errors import AdapterInvalidError, StorageError
+from sharelora_serve.errors import StorageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,9 +119,9 @@ class FactorFiles:
         tensors: list[dict[str, Tensor]] = []
         for file in manifest.files:
             try:
-                tensors.append(read_weights(self._factors / file).tensors)
-            except (OSError, AdapterInvalidError) as error:
-                reason = error.strerror if isinstance(error, OSError) else error.message
+                tensors.append(load((self._factors / file).read_bytes()))
+            except (OSError, SafetensorError) as error:
+                reason = error.strerror if isinstance(error, OSError) else error
                 raise StorageError(f"factors/{file} of version {digest[:12]}: {reason}") from None
         factors = [tensors[file][_key(row)] for file, row in manifest.factors]
         pairs = {

@@ -3,7 +3,7 @@
 import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -178,14 +178,30 @@ class TinyModel:
         pool.arena[pool._allocator.num_reserved :] = torch.nan
         for part in self.decoder._kv_cache:
             part.fill(_NAN_BITS[str(part.dtype)])
-        adapters = AdapterCache(self.layout, pool, host_bytes, on_change=wake.set)
+        versions: dict[str, AdapterVersion] = {}
+        folders: dict[str, Path] = {}  # by digest
+
+        def publish(name: str, folder: Path) -> AdapterVersion:
+            adapter = read_adapter(folder, self.layout, name=name)
+            pool.check(adapter)
+            versions[name], folders[adapter.digest] = AdapterVersion(name, adapter.digest), folder
+            adapters.admit(versions[name], adapter)
+            return versions[name]
+
+        adapters = AdapterCache(
+            self.layout,
+            pool,
+            host_bytes,
+            lambda version: read_adapter(folders[version.digest], self.layout, name=version.name),
+            on_change=wake.set,
+        )
         try:
             for name in names:
-                adapters.publish(name, self.adapters_folder / name)
+                publish(name, self.adapters_folder / name)
             kv_cache = KVCache(num_blocks + 1, BLOCK_SIZE, prefix_caching=prefix_caching)
             merged = None
             if self.merged is not None:
-                version = adapters.publish(self.merged, self.adapters_folder / self.merged)
+                version = publish(self.merged, self.adapters_folder / self.merged)
                 merged = (version, _acquire(adapters, version, wake))
             engine = Engine(
                 base_name="tiny",
@@ -208,20 +224,33 @@ class TinyModel:
                 sampler=self.sampler,
                 prepare_thread=lambda: None,
                 wake=wake,
+                close=adapters.close,
             )
-            yield SteppedEngine(engine, pool, wake, num_held=int(merged is not None))
+            yield SteppedEngine(engine, pool, wake, versions, publish, int(merged is not None))
         finally:
             adapters.close()
 
 
 class SteppedEngine:
-    """An engine without its thread; adapters load between steps, so that runs repeat exactly."""
+    """An engine without its thread; adapters load between steps, so that runs repeat exactly.
+
+    versions  what each adapter's name stands for
+    publish   gives a name a folder's adapter
+    """
 
     def __init__(
-        self, engine: Engine, pool: MatrixPool, wake: threading.Event, *, num_held: int
+        self,
+        engine: Engine,
+        pool: MatrixPool,
+        wake: threading.Event,
+        versions: dict[str, AdapterVersion],
+        publish: Callable[[str, Path], AdapterVersion],
+        num_held: int,
     ) -> None:
         self.engine = engine
         self.pool = pool
+        self.versions = versions
+        self.publish = publish
         self.answers: dict[str, Answer] = {}
         self._wake = wake
         self._num_held = num_held  # adapters that are never released: the merged one
@@ -233,7 +262,7 @@ class SteppedEngine:
         answer = self.answers[request_id] = Answer()
         request = Request(
             request_id=request_id,
-            adapter=None if adapter is None else self.engine.adapters.resolve(adapter),
+            adapter=None if adapter is None else self.versions[adapter],
             prompt_ids=prompt_ids,
             sampling=SamplingParams(**sampling),
             arrived_at=time.monotonic(),
