@@ -232,6 +232,8 @@ def revoke_key(path: Path, key_id: str) -> StoredKey:
 def _changing(path: Path) -> Iterator[list[StoredKey]]:
     """The keys of a file, written back as the block leaves them unless it raises."""
     path = path.resolve()  # what a link leads to is replaced, not the link
+    if not path.parent.is_dir():  # the lock would make it, with everybody's permissions
+        raise ConfigurationError(f"there is no folder {path.parent} for the file of API keys")
     with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
         keys = read_keys(path) if path.exists() else []
         yield keys
@@ -265,9 +267,9 @@ def _hash(key: str) -> str:
 
 
 class _FileState(NamedTuple):
-    """What changes with a file.
+    """What changes with a file; changed_at is its ctime in nanoseconds.
 
-    changed_at  ctime and not mtime: it cannot be set back, and tells of permissions that were mended
+    mtime would not do: it can be set back, and does not tell of permissions that were mended.
     """
 
     mode: int
