@@ -1,5 +1,6 @@
 """A file of API keys: what it may hold, whom its keys stand for, and how it changes."""
 
+import asyncio
 import hashlib
 import json
 import logging
@@ -12,7 +13,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -48,6 +49,8 @@ def new_key(file: Path, tenant: str | None = "acme") -> str:
 
 
 def is_valid(keys: KeyFile, text: str) -> bool:
+    """As the server asks."""
+    asyncio.run(keys.follow())
     try:
         keys.authenticate(f"Bearer {text}")
     except AuthenticationError:
@@ -106,6 +109,7 @@ def test_what_is_no_key_of_the_file_is_refused_and_not_repeated(file: Path, seed
         assert "slk_" not in caught.value.message
 
 
+@settings(deadline=None)
 @given(st.text(st.characters(max_codepoint=255)))
 def test_no_header_is_more_than_refused(header: str) -> None:
     keys = KeyFile(Path(os.devnull))
@@ -181,6 +185,7 @@ def test_a_key_file_without_keys_lets_nobody_in(
             keys.authenticate(header)
 
 
+@settings(deadline=None, max_examples=30)  # a disk may be busy
 @given(
     st.lists(st.tuples(st.sampled_from([None, "a", "Z.9_-"]), st.none() | st.text()), max_size=5)
 )
@@ -338,6 +343,43 @@ def test_the_file_is_not_looked_at_with_every_request(
     assert not is_valid(keys, added)
     monkeypatch.setattr(module, "CHECK_SECONDS", 0.0)
     assert is_valid(keys, added)
+
+
+@pytest.mark.usefixtures("watched")
+def test_a_request_that_is_given_up_while_the_file_is_read_leaves_it_to_the_next(
+    file: Path,
+) -> None:
+    text = new_key(file)
+    keys = KeyFile(file)
+    revoke_key(file, text.split("_")[1])
+
+    async def give_up() -> None:
+        request = asyncio.create_task(keys.follow())
+        await asyncio.sleep(0)  # it is reading now
+        request.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await request
+
+    asyncio.run(give_up())
+    assert not is_valid(keys, text)
+
+
+@pytest.mark.usefixtures("watched")
+def test_requests_do_not_wait_for_the_one_that_reads_the_file(file: Path) -> None:
+    text = new_key(file)
+    keys = KeyFile(file)
+    added = new_key(file)
+
+    async def ask_meanwhile() -> None:
+        reading = asyncio.create_task(keys.follow())
+        await asyncio.sleep(0)
+        with pytest.raises(StopIteration):  # it ends without having waited for anything
+            keys.follow().send(None)
+        assert keys.authenticate(f"Bearer {text}") == ACME
+        await reading
+        assert keys.authenticate(f"Bearer {added}") == ACME
+
+    asyncio.run(ask_meanwhile())
 
 
 @pytest.mark.parametrize(("mode", "is_told"), [(0o600, False), (0o640, True), (0o604, True)])
