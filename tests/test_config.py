@@ -94,14 +94,17 @@ def test_a_shown_size_reads_back(number: int, unit: str) -> None:
 
 def test_every_wrong_setting_is_named_with_its_value_and_what_it_should_be() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        ServeConfig(port="x", kv_memory=0, device="tpu", adapters="/nowhere", pots=1)
+        ServeConfig(
+            port="x", kv_memory=0, device="tpu", adapters="/nowhere", api_keys="/tmp", pots=1
+        )
     lines = caught.value.message.splitlines()
-    assert lines[0] == "5 wrong settings"
+    assert lines[0] == "6 wrong settings"
     for setting, value, expected in [
         ("port", "x", "integer"),
         ("kv_memory", "0", "greater than 0"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
         ("adapters", "/nowhere", "existing folder"),
+        ("api_keys", "/tmp", "existing file; sharelora-serve keys create --admin makes it"),
         ("pots", "1", "no such setting; there are model, model_name"),
     ]:
         line = next(line for line in lines if line.startswith(f"  {setting} = {value}: "))

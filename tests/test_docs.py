@@ -64,7 +64,7 @@ def test_every_setting_stands_in_the_table_as_the_code_has_it(setting: str) -> N
 
 def test_the_docs_name_no_setting_that_there_is_not() -> None:
     known = {environment_variable(setting) for setting in ServeConfig.model_fields}
-    known.add("SHARELORA_URL")  # of the commands that talk to a server
+    known |= {"SHARELORA_URL", "SHARELORA_API_KEY"}  # of the commands that talk to a server
     for path in [*markdown_files(), ROOT / "Dockerfile"]:
         found = set(re.findall(r"SHARELORA_[A-Z_]+", path.read_text(encoding="utf-8")))
         assert found <= known, path
@@ -174,12 +174,14 @@ def test_every_command_is_documented_and_explains_itself(name: str) -> None:
 
 
 def test_the_docs_name_no_command_that_there_is_not() -> None:
-    known = {"sharelora-serve", "sharelora-serve adapters", *commands()}
+    groups = ("adapters", "keys")
+    known = {"sharelora-serve", *(f"sharelora-serve {group}" for group in groups), *commands()}
     for path in markdown_files():
         text = path.read_text(encoding="utf-8")
         for found in re.findall(r"(?:^\$? ?|`|/)(sharelora-serve(?: [a-z]+)*)", text, re.MULTILINE):
-            words = found.split()[: 3 if " adapters" in found else 2]
-            assert " ".join(words) in known, f"{path}: {found}"
+            words = found.split()
+            named = words[: 3 if words[1:2] and words[1] in groups else 2]
+            assert " ".join(named) in known, f"{path}: {found}"
 
 
 def test_every_make_target_in_the_docs_is_one() -> None:

@@ -32,9 +32,9 @@ class ServerProcess:
     def log(self) -> str:
         return self._log.read_text()
 
-    def openai(self) -> OpenAI:
+    def openai(self, api_key: str = "none") -> OpenAI:
         """The official client; to be closed."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
 
     def http(self, timeout: float = 60.0) -> httpx.Client:
         """A client that sends what it is told to; to be closed."""
