@@ -1,14 +1,13 @@
 """The files of an adapter: which ones a path stands for, and their contents, never unpickled."""
 
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import NamedTuple
 
 import safetensors
-import torch
-from torch import Tensor
 
+from sharelora_serve.adapters.json_object import MAX_CONFIG_BYTES, parse_json_object
 from sharelora_serve.adapters.naming import shown
-from sharelora_serve.adapters.peft_config import MAX_CONFIG_BYTES, parse_json_object
 from sharelora_serve.errors import AdapterInvalidError
 
 CONFIG_FILE = "adapter_config.json"
@@ -18,8 +17,13 @@ MLX_FILE = "adapters.safetensors"
 METADATA_KEY = "adapter_config"
 """Where a single .safetensors file carries the text of its adapter_config.json."""
 
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_PARTS = "adapter_model-*.safetensors"
+
+# Parsed, a header takes some twenty times its length in memory. 126 layers with all modules have
+# 1764 tensors and a header of 0.3 MB; the configuration may stand in it too.
+_MAX_HEADER_BYTES = 4 * MAX_CONFIG_BYTES
+_MAX_TENSORS = 10_000
 
 
 class AdapterFiles(NamedTuple):
@@ -29,16 +33,27 @@ class AdapterFiles(NamedTuple):
     weights_path: Path
 
 
+class StoredTensor(NamedTuple):
+    """A tensor as a safetensors file holds it; nothing is known but that shape and data agree.
+
+    shape  of any number of dimensions, each of any size if another is 0
+    dtype  the safetensors name of its type, such as F32
+    data   its bytes, row by row
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    data: bytearray
+
+
 class Weights(NamedTuple):
     """A safetensors file in memory.
 
-    tensors         key -> tensor, in sorted order; float32, float16 or bfloat16
-    wrong_types     key -> the safetensors name of any other type
+    tensors         key -> tensor, in sorted order
     metadata        the header's own key-value texts
     """
 
-    tensors: dict[str, Tensor]
-    wrong_types: dict[str, str]
+    tensors: dict[str, StoredTensor]
     metadata: dict[str, str]
 
 
@@ -73,25 +88,35 @@ def read_weights(path: Path) -> Weights:
     Raises AdapterInvalidError when it is damaged, OSError when it cannot be read.
     """
     data = path.read_bytes()
+    header_bytes = int.from_bytes(data[:8], "little")
+    if _MAX_HEADER_BYTES < header_bytes <= len(data):
+        raise AdapterInvalidError(
+            f"has a header of {header_bytes} bytes, and {_MAX_HEADER_BYTES} are read at most; "
+            "save the adapter's own tensors only"
+        )
     try:
         # Checks every size and offset.
         entries = safetensors.deserialize(data)  # type: ignore[no-untyped-call]
     except safetensors.SafetensorError as error:
         raise AdapterInvalidError(
-            f"is not a whole safetensors file ({error}); copy or save it again"
+            f"is not a whole safetensors file ({shown(str(error))}); copy or save it again"
         ) from None
-    header = parse_json_object(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    tensors: dict[str, Tensor] = {}
-    wrong_types: dict[str, str] = {}
-    for key, entry in sorted(entries, key=lambda item: item[0]):
-        shape, dtype = tuple(entry["shape"]), _DTYPES.get(entry["dtype"])
-        if dtype is None:
-            wrong_types[key] = entry["dtype"]
-        elif 0 in shape:
-            tensors[key] = torch.empty(shape, dtype=dtype)  # frombuffer takes no empty buffer
-        else:
-            tensors[key] = torch.frombuffer(entry["data"], dtype=dtype).reshape(shape)
-    return Weights(tensors, wrong_types, header.get("__metadata__") or {})
+    if len(entries) > _MAX_TENSORS:
+        raise AdapterInvalidError(
+            f"has {len(entries)} tensors, and {_MAX_TENSORS} are read at most; "
+            "save the adapter's own tensors only"
+        )
+    header = parse_json_object(data[8 : 8 + header_bytes])
+    tensors = {
+        key: StoredTensor(tuple(entry["shape"]), entry["dtype"], entry["data"])
+        for key, entry in sorted(entries, key=lambda item: item[0])
+    }
+    return Weights(tensors, header.get("__metadata__") or {})
+
+
+def are_refused_weights(file: str) -> bool:
+    """Whether find_files refuses weights by this name of a file: pickles, and parts of weights."""
+    return any(fnmatchcase(file, pattern) for pattern in (*_PICKLES, _PARTS))
 
 
 def _folder_inside(path: Path) -> Path:
@@ -119,7 +144,7 @@ def _weights_in(folder: Path) -> Path:
             f"holds the pickle {shown(pickles[0])}, which could run code and is never opened; "
             "save the adapter with safe_serialization=True"
         )
-    parts = sorted(file.name for file in folder.glob("adapter_model-*.safetensors"))
+    parts = sorted(file.name for file in folder.glob(_PARTS))
     if parts:
         raise AdapterInvalidError(
             f"holds its weights in parts ({shown(parts[0])}, ...); save them as one {PEFT_FILE}"

@@ -14,9 +14,11 @@ from sharelora_serve.adapters.adapter import Adapter, FactorPair
 from sharelora_serve.adapters.adapter_files import (
     CONFIG_FILE,
     METADATA_KEY,
+    StoredTensor,
     find_files,
     read_weights,
 )
+from sharelora_serve.adapters.json_object import MAX_CONFIG_BYTES, parse_json_object
 from sharelora_serve.adapters.layout import MODULES, BaseLayout
 from sharelora_serve.adapters.naming import (
     QKV,
@@ -33,12 +35,14 @@ from sharelora_serve.adapters.peft_config import (
     Form,
     form_of,
     parse_config,
-    parse_json_object,
     scaling_fits,
 )
 from sharelora_serve.errors import AdapterInvalidError
 
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
 _MAX_LISTED = 20  # problems spelled out in one message; the rest are counted
+_MAX_NAMES = 5  # names listed in one problem
 
 
 class _Factor(NamedTuple):
@@ -95,7 +99,7 @@ def read_adapter(path: Path, layout: BaseLayout, *, name: str) -> Adapter:
     file = shown(path.name)
     try:
         config_text, weights_path = find_files(path)
-        file = weights_path.name
+        file = shown(weights_path.name)
         weights = read_weights(weights_path)
         if config_text is None:
             config_file = f"the metadata of {file}"
@@ -108,6 +112,8 @@ def read_adapter(path: Path, layout: BaseLayout, *, name: str) -> Adapter:
                 "there, or give the folder that holds both files"
             )
         file, weights_file = config_file, file
+        if len(text) > MAX_CONFIG_BYTES:
+            raise AdapterInvalidError(f"has more than {MAX_CONFIG_BYTES} bytes")
         raw = parse_json_object(text)
         form = form_of(raw)
     except AdapterInvalidError as error:
@@ -119,10 +125,7 @@ def read_adapter(path: Path, layout: BaseLayout, *, name: str) -> Adapter:
 
     config, config_problems = parse_config(raw)
     problems.add(config_file, *config_problems)
-    tensor_problems = [
-        f"{shown(key)}: type {dtype}, expected F32, F16 or BF16; save it in one of these"
-        for key, dtype in weights.wrong_types.items()
-    ]
+    tensor_problems: list[str] = []
     factors = _place(weights.tensors, form, layout, tensor_problems)
     pairs: dict[tuple[int, str], FactorPair] = {}
     if config is not None:
@@ -162,7 +165,7 @@ def adapter_digest(pairs: Mapping[tuple[int, str], FactorPair]) -> str:
 
 
 def _place(
-    tensors: dict[str, Tensor], form: Form, layout: BaseLayout, problems: list[str]
+    tensors: Mapping[str, StoredTensor], form: Form, layout: BaseLayout, problems: list[str]
 ) -> list[_Factor]:
     """Every tensor at its place; those without a place, or unfit for it, go into problems."""
     factors: list[_Factor] = []
@@ -178,8 +181,15 @@ def _place(
             other = taken.setdefault((place.layer, place.module, place.side), key)
             if other != key:
                 raise AdapterInvalidError(f"has the same place as {shown(other)}; keep one")
-            _check_shape(tuple(stored.shape), place, layout, transposed=form is Form.MLX)
-            tensor = stored.t().contiguous() if form is Form.MLX else stored
+            if stored.dtype not in _DTYPES:
+                raise AdapterInvalidError(
+                    f"type {stored.dtype}, expected F32, F16 or BF16; save it in one of these"
+                )
+            _check_shape(stored.shape, place, layout, transposed=form is Form.MLX)
+            tensor = torch.frombuffer(stored.data, dtype=_DTYPES[stored.dtype])
+            tensor = tensor.reshape(stored.shape)
+            if form is Form.MLX:
+                tensor = tensor.t().contiguous()
             if num_bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
                 raise AdapterInvalidError(
                     f"{num_bad} {'value is' if num_bad == 1 else 'values are'} NaN or infinite; "
@@ -194,7 +204,8 @@ def _place(
         ("model", {factor.place.path_prefix for factor in factors} - {None}),
     ):
         if len(found) > 1:
-            listed = ", ".join(repr(value) for value in sorted(map(str, found)))
+            listed = ", ".join(repr(value) for value in sorted(map(str, found))[:_MAX_NAMES])
+            listed += ", ..." if len(found) > _MAX_NAMES else ""
             problems.append(f"the tensors belong to more than one {what} ({listed}); keep one")
     return factors
 
@@ -208,11 +219,12 @@ def _check_shape(
             f"layer {place.layer}, but base {layout.name!r} has layers 0 to "
             f"{layout.num_layers - 1}; was it trained on another base?"
         )
+    text = shown(str(shape))
     if len(shape) == 2 and 0 in shape:
-        raise AdapterInvalidError(f"shape {shape} is empty; train it with a rank of at least 1")
+        raise AdapterInvalidError(f"shape {text} is empty; train it with a rank of at least 1")
     if len(shape) != 2:
         raise AdapterInvalidError(
-            f"shape {shape}, expected a matrix; gather sharded parameters (ZeRO-3, FSDP) and "
+            f"shape {text}, expected a matrix; gather sharded parameters (ZeRO-3, FSDP) and "
             "save it again"
         )
     module = QKV_MODULES[0] if place.module == QKV else place.module
@@ -222,8 +234,16 @@ def _check_shape(
     if shape[1 if features_last else 0] != features:
         expected = f"(r, {features})" if features_last else f"({features}, r)"
         raise AdapterInvalidError(
-            f"shape {shape}, expected {expected} for base {layout.name!r}; "
+            f"shape {text}, expected {expected} for base {layout.name!r}; "
             "was it trained on another base?"
+        )
+    rank = shape[0 if features_last else 1]
+    # The kernels keep a value per token and rank. Beyond the features of a module a rank adds
+    # nothing, but one rank for all modules, or a shared B's, may exceed those of a narrow one.
+    if rank > layout.feature_counts[-1]:
+        raise AdapterInvalidError(
+            f"rank {rank}, more than the {layout.feature_counts[-1]} features of the widest layer "
+            f"of base {layout.name!r}; train it with a smaller rank"
         )
 
 
@@ -335,8 +355,9 @@ class _Pairing:
         outside = [n for n in config.layers or () if not 0 <= n < self._layout.num_layers]
         if outside:
             self._problems.append(
-                f"layers_to_transform names layer {outside[0]}, but base {self._layout.name!r} "
-                f"has layers 0 to {self._layout.num_layers - 1}; was it trained on another base?"
+                f"layers_to_transform names layer {shown(str(outside[0]))}, but base "
+                f"{self._layout.name!r} has layers 0 to {self._layout.num_layers - 1}; "
+                "was it trained on another base?"
             )
 
     def _add(self, factor: _Factor, text: str) -> None:

@@ -1,6 +1,5 @@
 """adapter_config.json: what it says about the mathematics, and what cannot be served."""
 
-import json
 import math
 import re
 import struct
@@ -9,8 +8,6 @@ from enum import StrEnum
 from typing import Any, TypeVar
 
 from sharelora_serve.errors import AdapterInvalidError
-
-MAX_CONFIG_BYTES = 4 * 1024 * 1024
 
 _CONVERT = "convert it with PEFT's save_as_lora (PEFT 0.19 or later)"
 _CONVERT_INIT = (
@@ -58,7 +55,8 @@ _CONVERTIBLE_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 _MLX_FIELDS = frozenset({"rank", "scale", "dropout", "keys"})
 
 _NAME_LENGTH = 100.0  # characters of a module's name, generously
-_MAX_MATCH_STEPS = 1_000_000  # of all patterns of a field on one name: some milliseconds
+_MAX_MATCH_STEPS = 200_000  # of all patterns of a field on one name: up to a millisecond
+_MAX_REPETITIONS = 8  # in one pattern
 
 _Number = TypeVar("_Number", int, float)
 
@@ -122,34 +120,6 @@ def scaling_fits(value: float) -> bool:
         return False
 
 
-def parse_json_object(text: str | bytes) -> dict[str, Any]:
-    """`text` as a JSON object, refusing what JSON readers disagree about.
-
-    Raises AdapterInvalidError for a syntax error, a duplicate key, NaN or Infinity.
-    """
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) < len(pairs):
-            keys = [key for key, _ in pairs]
-            twice = sorted({key for key in keys if keys.count(key) > 1})
-            raise AdapterInvalidError(f"the key {twice[0][:100]!r} stands there twice; keep one")
-        return result
-
-    def refuse_constant(constant: str) -> float:
-        raise AdapterInvalidError(f"{constant} is not JSON; write a finite number")
-
-    try:
-        parsed = json.loads(
-            text, object_pairs_hook=without_duplicates, parse_constant=refuse_constant
-        )
-    except (ValueError, RecursionError) as error:
-        raise AdapterInvalidError(f"is not valid JSON: {error}") from None
-    if not isinstance(parsed, dict):
-        raise AdapterInvalidError("is not a JSON object")
-    return parsed
-
-
 def form_of(raw: dict[str, Any]) -> Form:
     """Which tool's configuration `raw` is.
 
@@ -188,10 +158,10 @@ def _parse_peft(form: Form, raw: dict[str, Any], problems: list[str]) -> Adapter
     known = _HARMLESS_FIELDS | _UNDERSTOOD_FIELDS | _REFUSED_FIELDS.keys()
     if form is Form.COMPACT:
         known |= _COMPACT_FIELDS
-    for field in raw.keys() - known:
+    for field in sorted(raw.keys() - known):
         if raw[field]:  # null, false and empty are what writers leave for "not used"
             problems.append(
-                f"{field[:100]!r}: is not a field this server understands, and "
+                f"{_value(field)}: is not a field this server understands, and "
                 f"{_value(raw[field])} may change what the adapter computes; "
                 "remove it if it does not"
             )
@@ -239,7 +209,7 @@ def _parse_mlx(raw: dict[str, Any], problems: list[str]) -> AdapterConfig:
             "alpha; remove 'alpha' and write the product as 'scale'"
         )
     for field in sorted(parameters.keys() - _MLX_FIELDS - {"alpha"}):
-        problems.append(f"lora_parameters: {field[:100]!r} is not understood; remove it")
+        problems.append(f"lora_parameters: {_value(field)} is not understood; remove it")
     # 0 and below mean all layers (mlx-lm); lora_layers is the name before mlx-lm 0.20.
     last_layers = raw.get("num_layers", raw.get("lora_layers", -1))
     if not isinstance(last_layers, int) or isinstance(last_layers, bool):
@@ -304,7 +274,7 @@ def _layers(value: object, problems: list[str]) -> tuple[int, ...] | None:
         return None
     listed = value if isinstance(value, list) else [value]
     if all(isinstance(layer, int) and not isinstance(layer, bool) for layer in listed):
-        return tuple(listed)
+        return tuple(sorted(set(listed)))  # a million times layer 0 is layer 0
     problems.append(
         f"layers_to_transform: {_value(value)} is neither an integer nor a list of them"
     )
@@ -326,7 +296,7 @@ def _patterns(
         steps += _match_steps(pattern)
         if problem is None and steps > _MAX_MATCH_STEPS:
             problems.append(
-                f"{field}: {pattern[:100]!r}: takes too long to match; write module names out"
+                f"{field}: {_value(pattern)}: takes too long to match; write module names out"
             )
             return result
         if problem is None:
@@ -335,12 +305,12 @@ def _patterns(
             except (re.error, OverflowError, RecursionError) as error:
                 problem = f"is not a regular expression: {error}"
         if problem is not None:
-            problems.append(f"{field}: {pattern[:100]!r}: {problem}")
+            problems.append(f"{field}: {_value(pattern)}: {problem}")
     return result
 
 
 def _match_steps(pattern: str) -> float:
-    """About how many steps matching `pattern` can take; infinite where that is hard to say.
+    """About how many steps compiling and matching `pattern` can take; infinite if hard to say.
 
     Patterns come from uploaded files and Python's matcher backtracks, so that a short one can run
     for ever: a repetition may try every position of the name, a group each of its alternatives,
@@ -351,6 +321,8 @@ def _match_steps(pattern: str) -> float:
     if backreference or re.search(r"\(\?|\)[*+{]", plain) or len(pattern) > 1000:
         return math.inf
     repetitions = 1 + len(re.findall(r"[*+?{][?+]?", plain))  # 1 for the `(.*\.)?` in front
+    if repetitions > _MAX_REPETITIONS:
+        return math.inf
     steps = _NAME_LENGTH**repetitions / math.factorial(repetitions)
     alternatives = [1]
     for character in plain:
@@ -360,7 +332,7 @@ def _match_steps(pattern: str) -> float:
             alternatives[-1] += 1
         elif character == ")" and len(alternatives) > 1:
             steps *= alternatives.pop()
-    return steps * math.prod(alternatives)
+    return steps * math.prod(alternatives) + len(pattern)
 
 
 def _first_match(

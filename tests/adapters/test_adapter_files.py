@@ -30,7 +30,7 @@ from tests.adapters.samples import (
         ("[" * 100_000, ["is not valid JSON"]),
         ('{"r": ' + "9" * 10_000 + "}", ["is not valid JSON"]),
         ("{}", ["peft_type: is missing"]),
-        (" " * (4 * 1024**2 + 1), ["more than 4194304 bytes"]),
+        (" " * (1024**2 + 1), ["more than 1048576 bytes"]),
     ],
     ids=range(10),
 )
