@@ -11,6 +11,7 @@ ServeError
 ├── QueueFullError                 429  queue_full
 ├── AdapterUnavailableError        503  adapter_unavailable
 ├── EngineStoppedError             503  engine_stopped
+├── DrainingError                  503  draining
 ├── SamplingError                  500  sampling_failed
 ├── UnsupportedModelError          (at start only)
 └── ConfigurationError             (at start only)
@@ -18,11 +19,15 @@ ServeError
 
 
 class ServeError(Exception):
-    """An error with a message for the person who caused it; `param` names the field at fault."""
+    """An error with a message for the person who caused it; `param` names the field at fault.
+
+    `retry_after_seconds`, where there is one, is when trying again may help.
+    """
 
     status = 500
     error_type = "server_error"
     code = "internal_error"
+    retry_after_seconds: int | None = None
 
     def __init__(self, message: str, *, param: str | None = None) -> None:
         super().__init__(message)
@@ -90,6 +95,14 @@ class EngineStoppedError(ServeError):
 
     status = 503
     code = "engine_stopped"
+
+
+class DrainingError(ServeError):
+    """The server finishes what it has and takes nothing new; another one takes it."""
+
+    status = 503
+    code = "draining"
+    retry_after_seconds = 1
 
 
 class SamplingError(ServeError):

@@ -13,6 +13,7 @@ from sharelora_serve.config import ServeConfig
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.errors import EngineStoppedError, ServeError
 from sharelora_serve.server.codec import TextCodec
+from sharelora_serve.server.drain import Drain, DrainMiddleware
 from sharelora_serve.server.errors import answer_http_error, answer_serve_error
 from sharelora_serve.server.generation import GenerationContext
 from sharelora_serve.server.mailbox import Mailbox
@@ -26,6 +27,7 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
     """The HTTP application around an engine, which it starts and stops.
 
     Until the engine is warm the server does not accept connections; /ready tells when it stops.
+    Its `state.drain` is the Drain that whoever stops the server begins.
     """
 
     @asynccontextmanager
@@ -45,9 +47,11 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
             await asyncio.to_thread(engine.stop)
 
     app = FastAPI(title="ShareLoRA Serve", version=__version__, lifespan=lifespan)
+    app.state.drain = Drain(config.drain_seconds, config.drain_delay_seconds)
     app.include_router(OpenAIRoutes(config, int(time.time())).router)
     app.include_router(operations_router)
     app.add_exception_handler(ServeError, answer_serve_error)
     app.add_exception_handler(HTTPException, answer_http_error)
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(DrainMiddleware, drain=app.state.drain)
     return app

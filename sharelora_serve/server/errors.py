@@ -7,7 +7,7 @@ from typing import Any
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 
-from sharelora_serve.errors import InvalidRequestError, QueueFullError, ServeError
+from sharelora_serve.errors import InvalidRequestError, ServeError
 from sharelora_serve.server.ascii_json import AsciiJSONResponse
 
 INTERNAL_MESSAGE = (
@@ -80,7 +80,7 @@ def error_response(error: Exception) -> AsciiJSONResponse:
     status = error.status if isinstance(error, ServeError) else ServeError.status
     headers = (
         {"retry-after": str(error.retry_after_seconds)}
-        if isinstance(error, QueueFullError)
+        if isinstance(error, ServeError) and error.retry_after_seconds is not None
         else None
     )
     return AsciiJSONResponse(error_content(error), status_code=status, headers=headers)
