@@ -36,7 +36,7 @@ def create_app(engine: Engine, config: ServeConfig) -> FastAPI:
             engine=engine,
             codec=TextCodec(engine.tokenizer),
             mailbox=Mailbox(asyncio.get_running_loop()),
-            metrics=Metrics(engine),
+            metrics=Metrics(engine, config.metrics_adapters),
         )
         try:
             await asyncio.to_thread(engine.start)
