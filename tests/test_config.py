@@ -34,6 +34,7 @@ def test_defaults_are_those_documented() -> None:
     assert config.adapter_host_memory == 2 * 1024**3
     assert config.kv_memory == 1024**3
     assert config.max_request_bytes == 4 * 1024**2
+    assert (config.drain_seconds, config.drain_delay_seconds) == (8, 0)
 
 
 def test_a_setting_is_read_from_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,10 +114,16 @@ def test_every_wrong_setting_is_named_with_its_value_and_what_it_should_be() -> 
 
 def test_settings_that_contradict_each_other_are_refused_together() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        ServeConfig(merge="acme", device="cuda", kernels="cpu", max_running=600, prefill_chunk=700)
+        ServeConfig(
+            **{"merge": "acme", "device": "cuda", "kernels": "cpu", "max_running": 600},
+            **{"prefill_chunk": 700, "drain_seconds": 1, "drain_delay_seconds": "1.5"},
+        )
     lines = caught.value.message.splitlines()
-    assert lines[0] == "4 wrong settings"
-    for part in ("merge = 'acme'", "kernels = 'cpu'", "max_running = 600", "prefill_chunk = 700"):
+    assert lines[0] == "5 wrong settings"
+    for part in (
+        *("merge = 'acme'", "kernels = 'cpu'", "max_running = 600", "prefill_chunk = 700"),
+        "drain_delay_seconds = 1.5",
+    ):
         assert any(part in line for line in lines), part
 
 

@@ -99,7 +99,7 @@ def metric_names() -> set[str]:
         stats=lambda: EngineStats(*(0 for _ in fields(EngineStats))),
         adapters=SimpleNamespace(stats=lambda: cache_stats, versions=list),
     )
-    families = Metrics(engine).registry.collect()
+    families = Metrics(engine, num_named_adapters=1).registry.collect()
     return {
         f"{family.name}_total" if family.type == "counter" else family.name for family in families
     }

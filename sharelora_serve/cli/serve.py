@@ -4,8 +4,10 @@ import asyncio
 import inspect
 import ipaddress
 import logging
+import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -28,11 +30,15 @@ from sharelora_serve.server.keys import read_keys
 
 if TYPE_CHECKING:
     from sharelora_serve.engine.engine import Engine  # slow to import
+    from sharelora_serve.server.drain import Drain
 
 logger = logging.getLogger(__name__)
 
-GRACE_SECONDS = 8.0
-"""How long running requests may go on after a signal: Docker kills a container after 10 seconds."""
+LAST_SECONDS = 1.0
+"""How long clients whose requests failed at the end of the drain may take to read that."""
+
+ECHO_SECONDS = 0.2
+"""Signals closer together are one: make and timeout pass on what the whole group has had."""
 
 
 def serve(**settings: str | bool | None) -> None:
@@ -73,6 +79,7 @@ def _run(config: ServeConfig, console: Console) -> None:
             access_log=config.log_level == "debug",
         ),
         loaded.engine,
+        application.state.drain,
         lambda: console.print(_announcement(config, listener), highlight=False, soft_wrap=True),
     )
     if config.api_keys is None:
@@ -104,27 +111,52 @@ def _say_that_there_are_no_keys(config: ServeConfig, listener: socket.socket) ->
 
 
 class _Server(uvicorn.Server):
-    """Calls announce once requests are accepted, and does not wait for ever when it is stopped."""
+    """Calls announce once requests are accepted; at a signal drains before it closes the port."""
 
     def __init__(
-        self, config: uvicorn.Config, engine: "Engine", announce: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        engine: "Engine",
+        drain: "Drain",
+        announce: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self._engine = engine
+        self._drain = drain
         self._announce = announce
+        self._signalled_at: float | None = None  # time.monotonic()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._announce()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+            super().handle_exit(sig, frame)
+        elif now - self._signalled_at > ECHO_SECONDS:
+            # Not the signal's default action, which the first process of a container does not have.
+            os._exit(128 + sig)
+
+    async def on_tick(self, counter: int) -> bool:
+        is_signalled = await super().on_tick(counter)
+        if is_signalled and not self._drain.has_begun:
+            self._drain.begin()
+        return self._drain.is_over
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Running requests may finish; those that take longer fail with the engine, so that their
-        # clients are told. uvicorn's own time limit would only cut their connections.
-        loop = asyncio.get_running_loop()
-        stop = loop.call_later(GRACE_SECONDS, lambda: loop.run_in_executor(None, self._engine.stop))
+        # Whatever has not ended by now fails with the engine, so that its client is told.
+        await asyncio.to_thread(self._engine.stop)
+        cut = asyncio.get_running_loop().call_later(LAST_SECONDS, self._cut_connections)
         await super().shutdown(sockets)
-        stop.cancel()
+        cut.cancel()
+
+    def _cut_connections(self) -> None:
+        """Leave clients that neither read nor send: uvicorn would wait for them for ever."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def _bind(host: str, port: int) -> socket.socket:

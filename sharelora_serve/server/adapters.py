@@ -6,6 +6,7 @@ import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -145,6 +146,7 @@ class AdapterRoutes:
         """Remove an adapter; requests that run end on their version."""
         target, expected = self._changeable(request, name), _if_match(request)
         await self._change(lambda: _registry(request).remove(target, expected=expected))
+        _context(request).metrics.usage.forget(target.text)
         return AsciiJSONResponse({"id": name, "object": "adapter", "deleted": True})
 
     async def pin(self, request: Request, name: str) -> Response:
@@ -190,6 +192,7 @@ class AdapterRoutes:
         fields = parse_body(await read_body(request, self._config.max_request_bytes), UnloadFields)
         name = self._target(request, fields.lora_name)
         await self._change(lambda: _registry(request).remove(name))
+        _context(request).metrics.usage.forget(name.text)
         return PlainTextResponse(
             f"Success: LoRA adapter '{fields.lora_name}' removed successfully."
         )
@@ -339,6 +342,7 @@ class AdapterRoutes:
             "num_factors": summary.num_factors,
             "bytes_stored": summary.stored_bytes,
             "bytes_expanded": summary.expanded_bytes,
+            "counts": asdict(context.metrics.usage.of(published.name.text)),
         }
 
 

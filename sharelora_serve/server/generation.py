@@ -16,6 +16,7 @@ from sharelora_serve.server.choice import Choice, ChoiceOptions
 from sharelora_serve.server.codec import TextCodec
 from sharelora_serve.server.mailbox import Mailbox
 from sharelora_serve.server.metrics import Metrics
+from sharelora_serve.server.usage import Counts
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +72,9 @@ class Generation:
         self._adapter = adapter
         self._arrived_at = time.monotonic()
         self._num_choices = num_choices
-        self._counts = context.metrics.token_counts(None if adapter is None else adapter.name)
+        self._account = context.metrics.usage.account(
+            context.engine.base_name if adapter is None else adapter.name
+        )
         self._news = asyncio.Event()
         self._requests: list[Request] = []
         self.choices: list[Choice] = []
@@ -94,12 +97,12 @@ class Generation:
                 self._requests.append(request)
 
     def _receiver(self, choice: Choice) -> Callable[[RequestOutput], None]:
-        metrics, counts = self._context.metrics, self._counts
+        metrics, account = self._context.metrics, self._account
 
         def receive(output: RequestOutput) -> None:
             num_before = choice.num_tokens
             choice.accept(output)
-            counts.completion += choice.num_tokens - num_before
+            account.add(Counts(completion_tokens=choice.num_tokens - num_before))
             if num_before == 0 and choice.first_token_at is not None:
                 metrics.time_to_first_token.observe(choice.first_token_at - self._arrived_at)
             if choice.finish_reason is not None and output.finish_reason is None:
@@ -112,7 +115,7 @@ class Generation:
     def submit(self) -> None:
         """Queue every choice. Raises what Engine.submit raises; `close` then frees the others."""
         self._context.engine.submit(*self._requests)
-        self._counts.prompt += self.num_prompt_tokens
+        self._account.add(Counts(requests=1, prompt_tokens=self.num_prompt_tokens))
 
     async def wait(self) -> None:
         """Wait until a choice has something new or the client has gone.

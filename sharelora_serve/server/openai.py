@@ -21,6 +21,7 @@ from sharelora_serve.server.body import parse_body, read_body
 from sharelora_serve.server.caller import Caller
 from sharelora_serve.server.choice import ChoiceOptions
 from sharelora_serve.server.delivery import GenerationResponse
+from sharelora_serve.server.drain import Drain
 from sharelora_serve.server.errors import BodyError
 from sharelora_serve.server.generation import (
     Generation,
@@ -89,7 +90,9 @@ class OpenAIRoutes:
         self, request: Request, model: type[GenerationFields], shape: type[Shape]
     ) -> Response:
         context: GenerationContext = request.app.state.context
+        drain: Drain = request.app.state.drain
         try:
+            drain.check()
             content = await read_body(request, self._config.max_request_bytes)
             # Parsing and tokenizing a long body take a while, in which other streams go on.
             body, adapter, prompts = await asyncio.to_thread(

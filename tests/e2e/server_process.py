@@ -70,9 +70,9 @@ class ServerProcess:
             )
         )
 
-    def terminate(self) -> None:
-        """What an orchestrator sends first."""
-        self._process.send_signal(signal.SIGTERM)
+    def send(self, number: signal.Signals) -> None:
+        """Send the process a signal, such as what an orchestrator sends first, SIGTERM."""
+        self._process.send_signal(number)
 
     def wait(self) -> int:
         """The exit code, once the process has ended."""

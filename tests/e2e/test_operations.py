@@ -87,9 +87,9 @@ FIGURES = [
     "sharelora_preemptions_total",
     "sharelora_steps_total",
     *(
-        f"sharelora_adapter_{kind}_tokens_total{{adapter={name}}}"
-        for kind in ("prompt", "completion")
-        for name in (BASE, *NAMES)
+        f"sharelora_adapter_{kind}_total{{adapter={name}}}"
+        for kind in ("requests", "prompt_tokens", "completion_tokens")
+        for name in (BASE, *NAMES, "(other)")
     ),
     *(
         f"sharelora_requests_total{{outcome={outcome}}}"
@@ -112,6 +112,8 @@ def test_a_request_is_counted_where_it_belongs(server: ServerProcess, client: Op
     expected = {
         **{f"sharelora_adapter_{k}_tokens_total{{adapter=acme}}": v for k, v in tokens.items()},
         **{f"sharelora_adapter_{k}_tokens_total{{adapter={BASE}}}": 0 for k in tokens},
+        "sharelora_adapter_requests_total{adapter=acme}": 1,
+        "sharelora_adapter_requests_total{adapter=(other)}": 0,
         "sharelora_requests_total{outcome=length}": 1,
         "sharelora_requests_total{outcome=refused}": 0,
         "sharelora_request_seconds_count": 1,

@@ -13,6 +13,7 @@ from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pool import MatrixPool
 from sharelora_serve.engine.engine import EngineStats
 from sharelora_serve.server.metrics import Metrics
+from sharelora_serve.server.usage import Counts
 
 
 class IdleEngine:
@@ -50,22 +51,41 @@ def engine() -> Iterator[IdleEngine]:
 
 
 def test_tokens_of_an_adapter_stay_while_it_is_idle_and_go_with_it(engine: IdleEngine) -> None:
-    metrics = Metrics(cast(Any, engine))
+    metrics = Metrics(cast(Any, engine), num_named_adapters=2)
     engine.names = ["acme", 'quo"ted']
-    metrics.token_counts("acme").completion += 7
-    metrics.token_counts(None).prompt += 3
+    metrics.usage.account("acme").add(Counts(completion_tokens=7))
+    metrics.usage.account("tiny").add(Counts(prompt_tokens=3))
     for _ in range(2):
         text = metrics.render().decode()
         assert 'sharelora_adapter_completion_tokens_total{adapter="acme"} 7.0' in text
         assert 'sharelora_adapter_prompt_tokens_total{adapter="tiny"} 3.0' in text
         assert 'sharelora_adapter_prompt_tokens_total{adapter="quo\\"ted"} 0.0' in text
     engine.names = []
-    assert 'adapter="acme"' not in metrics.render().decode()
+    text = metrics.render().decode()
+    assert 'adapter="acme"' not in text
+    assert 'sharelora_adapter_completion_tokens_total{adapter="(other)"} 7.0' in text
+
+
+def test_thousands_of_adapters_have_as_many_names_as_may_be(engine: IdleEngine) -> None:
+    engine.names = [f"adapter-{number}" for number in range(2000)]
+    for num_named in (0, 1, 100, 3000):
+        metrics = Metrics(cast(Any, engine), num_named)
+        for name in engine.names:
+            metrics.usage.account(name).add(Counts(1, 2, 3))
+        samples = [
+            sample
+            for family in text_string_to_metric_families(metrics.render().decode())
+            for sample in family.samples
+            if sample.name == "sharelora_adapter_prompt_tokens_total"
+        ]
+        assert len(samples) == min(num_named, 2000) + 2
+        assert sum(sample.value for sample in samples) == 2 * 2000
 
 
 def test_names_have_the_prefix_and_histograms_name_no_adapter(engine: IdleEngine) -> None:
     engine.names = ["acme"]
-    families = list(text_string_to_metric_families(Metrics(cast(Any, engine)).render().decode()))
+    metrics = Metrics(cast(Any, engine), num_named_adapters=1)
+    families = list(text_string_to_metric_families(metrics.render().decode()))
     assert families
     for family in families:
         assert family.name.startswith("sharelora_")
