@@ -121,7 +121,8 @@ class ServeConfig(BaseSettings):
         "off",
         min_length=1,
         description="Adapter to fold into the base's weights, such as acme-support: it then costs "
-        "what the base costs, the others are still served; off folds none.",
+        "what the base costs, the others are still served. auto folds the one that has nearly all "
+        "of the traffic, while it has; off folds none.",
     )
     adapter_memory: Size = Field(
         512 * 1024**2,
@@ -187,15 +188,6 @@ class ServeConfig(BaseSettings):
         except ValidationError as error:
             raise ConfigurationError(_describe(error)) from None
 
-    @field_validator("merge")
-    @classmethod
-    def _merge_names_an_adapter(cls, merge: str) -> str:
-        if merge == "auto":
-            raise ValueError(
-                "merging by traffic is not in this version; should be off or an adapter's name"
-            )
-        return merge
-
     @field_validator("adapters")
     @classmethod
     def _adapters_is_a_folder(cls, adapters: Path | None) -> Path | None:
@@ -208,7 +200,7 @@ class ServeConfig(BaseSettings):
         problems = []
         if self.merge != "off" and self.adapters is None:
             problems.append(
-                f"merge = {self.merge!r}: needs the adapter's folder; set adapters as well"
+                f"merge = {self.merge!r}: needs a folder of adapters; set adapters as well"
             )
         if self.kernels == "cpu" and self.device == "cuda":
             problems.append("kernels = 'cpu': should be auto or reference with device = 'cuda'")
@@ -235,6 +227,11 @@ class ServeConfig(BaseSettings):
             return EMBEDDED_MODEL_NAME
         folder = Path(self.model)
         return folder.resolve().name if folder.is_dir() else folder.name
+
+    @property
+    def merged_adapter(self) -> str | None:
+        """The adapter that merge names, folded in for good."""
+        return None if self.merge in ("off", "auto") else self.merge
 
     @property
     def num_threads(self) -> int:

@@ -21,11 +21,7 @@ from sharelora_serve.adapters.pages import PoolFullError
 from sharelora_serve.adapters.pool import MatrixPool, Resident, StagedAdapter
 from sharelora_serve.adapters.residency import CacheStats, Entry, Waiting
 from sharelora_serve.adapters.summary import AdapterSummary, summarise
-from sharelora_serve.errors import (
-    AdapterUnavailableError,
-    ModelNotFoundError,
-    ServeError,
-)
+from sharelora_serve.errors import AdapterUnavailableError, ModelNotFoundError, ServeError
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +78,7 @@ class AdapterCache:
         adapter = read_adapter(path, self._layout, name=name)
         self._pool.check(adapter)
         version, summary = AdapterVersion(name, adapter.digest), summarise(adapter)
-        host_bytes = _host_bytes_of(adapter)
+        host_bytes = adapter.num_bytes
         with self._lock:
             previous = self._published.get(name)
             entry = self._entries.setdefault(version.digest, Entry(version.digest))
@@ -200,6 +196,14 @@ class AdapterCache:
             if entry.failure is None and entry.refused_at != self._epoch:
                 entry.is_prefetched = True
                 self._start_load(entry)
+
+    def adapter(self, version: AdapterVersion) -> Adapter:
+        """A version's factors, from host memory or disk; raises AdapterUnavailableError."""
+        self.bind(version)
+        try:
+            return self._adapter(self._entries[version.digest])[0]
+        finally:
+            self.unbind(version)
 
     def stats(self) -> CacheStats:
         """Counters and tiers at this moment."""
@@ -353,7 +357,7 @@ class AdapterCache:
                 return entry.adapter, True
             sources = dict(entry.sources)
         adapter = self._read(entry.digest, sources)
-        host_bytes = _host_bytes_of(adapter)
+        host_bytes = adapter.num_bytes
         with self._lock:
             self._disk_loads += 1
             self._keep_on_host(entry, adapter, host_bytes)
@@ -392,8 +396,3 @@ class AdapterCache:
                         return None
             if victim is not None:
                 self._pool.release(victim)
-
-
-def _host_bytes_of(adapter: Adapter) -> int:
-    tensors = {id(t): t for pair in adapter.pairs.values() for t in (pair.a, pair.b)}
-    return sum(tensor.nbytes for tensor in tensors.values())

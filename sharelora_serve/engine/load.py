@@ -3,7 +3,9 @@
 import logging
 import platform
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +27,25 @@ from sharelora_serve.config import ServeConfig
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.merge import fold_adapter
+from sharelora_serve.engine.merge_policy import MergePolicy
+from sharelora_serve.engine.merger import Merger
 from sharelora_serve.engine.request import Request, RequestOutput, SamplingParams
 from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.sampler import Sampler
 from sharelora_serve.engine.scheduler import ScheduledRequest, Scheduler
-from sharelora_serve.errors import AdapterInvalidError, ConfigurationError, UnsupportedModelError
+from sharelora_serve.errors import (
+    AdapterInvalidError,
+    ConfigurationError,
+    ModelNotFoundError,
+    UnsupportedModelError,
+)
 from sharelora_serve.kernels.batch import BLOCK_SIZE
 from sharelora_serve.kernels.cpu import CpuKernels
 from sharelora_serve.kernels.interface import Kernels
 from sharelora_serve.kernels.reference import ReferenceKernels
 from sharelora_serve.models.config import ModelConfig, load_model_config
 from sharelora_serve.models.decoder import Decoder
-from sharelora_serve.models.loader import load_weights
+from sharelora_serve.models.loader import ModelWeights, fold_weights, load_weights
 from sharelora_serve.models.source import base_folder
 
 logger = logging.getLogger(__name__)
@@ -109,6 +118,29 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
         raise
     folded = None if merged is None else (merged.version, merged.pages)
     runner = Runner(decoder, pool.arena, folded, device)
+    merger = None
+    if config.merge == "auto":
+
+        def fold(adapter: Adapter, is_wanted: Callable[[], bool]) -> ModelWeights | None:
+            return fold_weights(
+                weights,
+                model,
+                dtype,
+                kernels,
+                device=device,
+                modules={module for _, module in adapter.pairs},
+                fold=fold_adapter(adapter, dtype),
+                is_wanted=is_wanted,
+            )
+
+        merger = Merger(
+            runner,
+            weights,
+            adapters,
+            MergePolicy(),
+            fold_weights=fold,
+            is_published=partial(_is_published, adapters),
+        )
     eos_token_ids = _eos_token_ids(folder, model, tokenizer)
     logger.info(
         "base %s: %s, kernels %s, %s on %s, context %d, KV cache %d tokens",
@@ -145,6 +177,7 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Engine:
         ),
         runner=runner,
         sampler=Sampler(model.vocab_size, eos_token_ids, device),
+        merger=merger,
         prepare_thread=prepare_thread,
         wake=wake,
     )
@@ -229,7 +262,7 @@ def _adapter_folders(config: ServeConfig) -> list[Path]:
 
 def _publish_others(adapters: AdapterCache, config: ServeConfig, console: Console) -> None:
     """Give every subfolder's adapter its name; one that cannot be served is logged, not fatal."""
-    paths = [path for path in _adapter_folders(config) if path.name != config.merge]
+    paths = [path for path in _adapter_folders(config) if path.name != config.merged_adapter]
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         for path in progress.track(paths, description="Reading the adapters"):
@@ -258,7 +291,7 @@ def _merge(
     wake: threading.Event,
 ) -> _Merged | None:
     """Publish the adapter that --merge names, and keep it on the device for good."""
-    if config.merge == "off":
+    if config.merged_adapter is None:
         return None
     folders = {path.name: path for path in _adapter_folders(config)}
     if config.merge not in folders:
@@ -278,6 +311,13 @@ def _merge(
             pool.pin(pages)
             return _Merged(version, adapter, pages)
         wake.wait()
+
+
+def _is_published(adapters: AdapterCache, version: AdapterVersion) -> bool:
+    try:
+        return adapters.resolve(version.name).digest == version.digest
+    except ModelNotFoundError:
+        return False
 
 
 def _kv_cache(
