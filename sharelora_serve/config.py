@@ -145,7 +145,8 @@ class ServeConfig(BaseSettings):
         "off",
         min_length=1,
         description="Adapter to fold into the base's weights, such as acme-support: it then costs "
-        "what the base costs, the others are still served; off folds none.",
+        "what the base costs, the others are still served. auto folds the one that has nearly all "
+        "of the traffic, while it has; off folds none.",
     )
     adapter_memory: Size = Field(
         512 * 1024**2,
@@ -236,15 +237,6 @@ class ServeConfig(BaseSettings):
         except ValidationError as error:
             raise ConfigurationError(_describe(error)) from None
 
-    @field_validator("merge")
-    @classmethod
-    def _merge_names_an_adapter(cls, merge: str) -> str:
-        if merge == "auto":
-            raise ValueError(
-                "merging by traffic is not in this version; should be off or an adapter's name"
-            )
-        return merge
-
     @field_validator("adapters")
     @classmethod
     def _adapters_is_a_folder(cls, adapters: Path | None) -> Path | None:
@@ -302,6 +294,11 @@ class ServeConfig(BaseSettings):
             return self.store
         data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
         return data / "sharelora-serve" / re.sub(r"[^\w.-]", "_", self.base_name)
+
+    @property
+    def merged_adapter(self) -> str | None:
+        """The adapter that merge names, folded in for good."""
+        return None if self.merge in ("off", "auto") else self.merge
 
     @property
     def num_threads(self) -> int:

@@ -127,9 +127,13 @@ def test_settings_that_contradict_each_other_are_refused_together() -> None:
         assert any(part in line for line in lines), part
 
 
-def test_merge_auto_is_refused_as_not_there_yet() -> None:
-    with pytest.raises(ConfigurationError, match="not in this version; should be off or"):
-        ServeConfig(merge="auto")
+@pytest.mark.parametrize(
+    ("merge", "merged"), [("off", None), ("auto", None), ("acme", "acme"), ("Auto", "Auto")]
+)
+def test_merge_names_an_adapter_unless_it_is_off_or_auto(
+    merge: str, merged: str | None, tmp_path: Path
+) -> None:
+    assert ServeConfig(merge=merge, adapters=tmp_path).merged_adapter == merged
 
 
 def test_the_base_is_called_by_the_last_part_of_its_folder_or_hub_id(

@@ -115,6 +115,12 @@ class AdapterCache:
             self._rest(entry)
             self._settle(entry)
 
+    def is_named(self, version: AdapterVersion) -> bool:
+        """Whether new requests may still ask for the version."""
+        with self._lock:
+            entry = self._entries.get(version.key)
+            return entry is not None and entry.num_names > 0
+
     def tier(self, version: AdapterVersion) -> Tier:
         """The fastest place that holds the version now."""
         with self._lock:
@@ -292,7 +298,7 @@ class AdapterCache:
         entry.failure, entry.num_failures = None, 0
 
     def _keep_on_host(self, entry: Entry, adapter: Adapter) -> None:
-        num_bytes = _num_bytes(adapter)
+        num_bytes = adapter.num_bytes
         if entry.adapter is None and num_bytes <= self._host_memory_bytes:
             entry.adapter, entry.host_bytes = adapter, num_bytes
             self._host[entry] = None
@@ -402,8 +408,3 @@ class AdapterCache:
                         return None
             if victim is not None:
                 self._pool.release(victim)
-
-
-def _num_bytes(adapter: Adapter) -> int:
-    tensors = {id(t): t for pair in adapter.pairs.values() for t in (pair.a, pair.b)}
-    return sum(tensor.nbytes for tensor in tensors.values())

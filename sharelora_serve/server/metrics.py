@@ -114,6 +114,8 @@ class _EngineFigures(Collector):
         counters = {
             "preemptions": (stats.num_preemptions, "Requests preempted for want of KV blocks."),
             "steps": (stats.num_steps, "Forward passes."),
+            "merges": (stats.num_merges, "Adapters folded into the weights by --merge auto."),
+            "unmerges": (stats.num_unmerges, "Adapters taken out of the weights again."),
             "prefix_cache_hit_tokens": (
                 stats.prefix_cache_hits_tokens,
                 "Prompt tokens whose keys and values were in the prefix cache.",
@@ -143,6 +145,13 @@ class _EngineFigures(Collector):
             "Adapters that made room for others, by tier.",
             "tier",
             {"device": cache.device_evictions, "host": cache.host_evictions},
+        )
+        yield _by_label(
+            GaugeMetricFamily,
+            "merged_adapter",
+            "1 for the adapter that is folded into the weights now, if any.",
+            "adapter",
+            {stats.merged_adapter: 1} if stats.merged_adapter is not None else {},
         )
         self._usage.follow([item.name.text for item in published])
         shown = self._usage.shown()

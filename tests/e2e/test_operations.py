@@ -86,6 +86,8 @@ FIGURES = [
     "sharelora_prefix_cache_hit_tokens_total",
     "sharelora_preemptions_total",
     "sharelora_steps_total",
+    "sharelora_merges_total",
+    "sharelora_unmerges_total",
     *(
         f"sharelora_adapter_{kind}_total{{adapter={name}}}"
         for kind in ("requests", "prompt_tokens", "completion_tokens")

@@ -23,6 +23,7 @@ class IdleEngine:
 
     def __init__(self, empty_cache: AdapterCache) -> None:
         self.names: list[str] = []
+        self.merged: str | None = None
         self._empty_cache = empty_cache
 
     @property
@@ -38,7 +39,7 @@ class IdleEngine:
         return Named()
 
     def stats(self) -> EngineStats:
-        return EngineStats(*[0] * 9)
+        return EngineStats(*[0] * 11, merged_adapter=self.merged)
 
 
 @pytest.fixture
@@ -94,3 +95,10 @@ def test_names_have_the_prefix_and_histograms_name_no_adapter(engine: IdleEngine
         for sample in family.samples:
             if family.type == "histogram":
                 assert "adapter" not in sample.labels
+
+
+def test_the_merged_adapter_has_a_sample_while_it_is_merged(engine: IdleEngine) -> None:
+    metrics = Metrics(cast(Any, engine))
+    assert "sharelora_merged_adapter{" not in metrics.render().decode()
+    engine.merged = "acme"
+    assert 'sharelora_merged_adapter{adapter="acme"} 1.0' in metrics.render().decode()
