@@ -25,10 +25,13 @@ from sharelora_serve.config import (
     value_text,
 )
 from sharelora_serve.errors import ConfigurationError, EngineStoppedError
+from sharelora_serve.server.logs import configure_logging
 
 if TYPE_CHECKING:
     from sharelora_serve.engine.engine import Engine  # slow to import
     from sharelora_serve.server.drain import Drain
+
+logger = logging.getLogger(__name__)
 
 LAST_SECONDS = 1.0
 """How long clients whose requests failed at the end of the drain may take to read that."""
@@ -48,20 +51,21 @@ def serve(**settings: str | bool | None) -> None:
     try:
         with one_message():
             given = {name: value for name, value in settings.items() if value is not None}
-            _run(ServeConfig(**given), console)
+            config = ServeConfig(**given)
+            console.quiet = config.log_format == "json"  # nothing but one object a line
+            _run(config, console)
     except KeyboardInterrupt:
         console.print("Stopped.")
 
 
 def _run(config: ServeConfig, console: Console) -> None:
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure_logging(config.log_level, config.log_format)
     listener = _bind(config.host, config.port)  # before loading: a taken port is told at once
     # Slow imports, which --help and the other commands need not wait for.
     with console.status(f"Loading {escape(config.base_name)}"):
         from sharelora_serve.engine.load import load_engine
         from sharelora_serve.server.app import create_app
+    configure_logging(config.log_level, config.log_format)
     engine = load_engine(config, console)
     application = create_app(engine, config)
     server = _Server(
@@ -73,19 +77,28 @@ def _run(config: ServeConfig, console: Console) -> None:
         ),
         engine,
         application.state.drain,
-        lambda: console.print(_announcement(config, listener), highlight=False, soft_wrap=True),
+        lambda: _announce(config, listener, console),
     )
     server.run(sockets=[listener])
     if not server.started:
         raise EngineStoppedError("the server did not start; its log says why")
 
 
-def _announcement(config: ServeConfig, listener: socket.socket) -> str:
+def _announce(config: ServeConfig, listener: socket.socket, console: Console) -> None:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if console.quiet:
+        adapters = str(config.adapters) if config.adapters else None
+        fields = {"model": config.base_name, "adapters": adapters, "url": url}
+        logger.info("serving", extra=fields)
+        return
     adapters = f" and the adapters in {escape(str(config.adapters))}" if config.adapters else ""
-    return f"Serving [bold]{escape(config.base_name)}[/bold]{adapters} at [bold]{url}[/bold]"
+    console.print(
+        f"Serving [bold]{escape(config.base_name)}[/bold]{adapters} at [bold]{url}[/bold]",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 class _Server(uvicorn.Server):
