@@ -153,7 +153,7 @@ class Generation:
             extra={
                 **self.log_fields,
                 "outcome": outcome,
-                "error": error.code if isinstance(error, ServeError) else None,
+                "error": None if error is None else getattr(error, "code", ServeError.code),
                 "first_token_seconds": first_token_seconds,
                 "total_seconds": seconds,
             },
