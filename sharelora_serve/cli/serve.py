@@ -27,6 +27,7 @@ from sharelora_serve.config import (
 )
 from sharelora_serve.errors import ConfigurationError, EngineStoppedError
 from sharelora_serve.server.keys import read_keys
+from sharelora_serve.server.logs import configure_logging
 
 if TYPE_CHECKING:
     from sharelora_serve.engine.engine import Engine  # slow to import
@@ -52,15 +53,15 @@ def serve(**settings: str | bool | None) -> None:
     try:
         with one_message():
             given = {name: value for name, value in settings.items() if value is not None}
-            _run(ServeConfig(**given), console)
+            config = ServeConfig(**given)
+            console.quiet = config.log_format == "json"  # nothing but one object a line
+            _run(config, console)
     except KeyboardInterrupt:
         console.print("Stopped.")
 
 
 def _run(config: ServeConfig, console: Console) -> None:
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure_logging(config.log_level, config.log_format)
     # Before loading: a bad file of keys and a taken port are told at once.
     if config.api_keys is not None:
         read_keys(config.api_keys)
@@ -69,6 +70,7 @@ def _run(config: ServeConfig, console: Console) -> None:
     with console.status(f"Loading {escape(config.base_name)}"):
         from sharelora_serve.engine.load import load_engine
         from sharelora_serve.server.app import create_app
+    configure_logging(config.log_level, config.log_format)
     loaded = load_engine(config, console)
     application = create_app(loaded, config)
     server = _Server(
@@ -80,7 +82,7 @@ def _run(config: ServeConfig, console: Console) -> None:
         ),
         loaded.engine,
         application.state.drain,
-        lambda: console.print(_announcement(config, listener), highlight=False, soft_wrap=True),
+        lambda: _announce(config, listener, console),
     )
     if config.api_keys is None:
         _say_that_there_are_no_keys(config, listener)
@@ -89,12 +91,21 @@ def _run(config: ServeConfig, console: Console) -> None:
         raise EngineStoppedError("the server did not start; its log says why")
 
 
-def _announcement(config: ServeConfig, listener: socket.socket) -> str:
+def _announce(config: ServeConfig, listener: socket.socket, console: Console) -> None:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if console.quiet:
+        adapters = str(config.adapters) if config.adapters else None
+        fields = {"model": config.base_name, "adapters": adapters, "url": url}
+        logger.info("serving", extra=fields)
+        return
     adapters = f" and the adapters in {escape(str(config.adapters))}" if config.adapters else ""
-    return f"Serving [bold]{escape(config.base_name)}[/bold]{adapters} at [bold]{url}[/bold]"
+    console.print(
+        f"Serving [bold]{escape(config.base_name)}[/bold]{adapters} at [bold]{url}[/bold]",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _say_that_there_are_no_keys(config: ServeConfig, listener: socket.socket) -> None:

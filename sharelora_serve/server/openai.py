@@ -29,6 +29,7 @@ from sharelora_serve.server.generation import (
     Prompt,
     version_text,
 )
+from sharelora_serve.server.logs import request_fields
 from sharelora_serve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -92,8 +93,10 @@ class OpenAIRoutes:
         context: GenerationContext = request.app.state.context
         drain: Drain = request.app.state.drain
         try:
-            drain.check()
             content = await read_body(request, self._config.max_request_bytes)
+            # After the body: the connection ends with this answer, and what a client has not sent
+            # by then would take the answer with it.
+            drain.check()
             # Parsing and tokenizing a long body take a while, in which other streams go on.
             body, adapter, prompts = await asyncio.to_thread(
                 self._understand, context, request.state.caller, content, model
@@ -104,7 +107,7 @@ class OpenAIRoutes:
         request.state.adapter_version = version_text(adapter)
         generation = Generation(
             context,
-            request_id=request.state.request_id,
+            request_fields=request_fields(request.scope["state"]),
             model=body.model,
             adapter=adapter,
             tenant=request.state.caller.tenant,

@@ -116,11 +116,12 @@ def run_to_its_end(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def _announced_url(process: subprocess.Popen[bytes], log: Path) -> str:
     deadline = time.monotonic() + START_SECONDS
-    while (found := re.search(r"^Serving .* at (http://\S+)$", log.read_text(), re.M)) is None:
+    announced = re.compile(r'^Serving .* at (http://\S+)$|"url": "(http://[^"]+)"', re.MULTILINE)
+    while (found := announced.search(log.read_text())) is None:
         assert process.poll() is None, f"the server ended: {log.read_text()}"
         assert time.monotonic() < deadline, f"the server did not start: {log.read_text()}"
         time.sleep(0.05)
-    return found[1]
+    return found[1] or found[2]
 
 
 def _environment() -> dict[str, str]:

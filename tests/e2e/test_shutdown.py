@@ -16,6 +16,9 @@ from tests.e2e.conftest import BASE
 from tests.e2e.server_process import ServerProcess, running_server
 from tests.e2e.test_completions import PROMPT
 
+AT_ONCE_SECONDS = 20.0
+"""Python and torch take seconds to unload on a busy machine; the drains below take 120."""
+
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
@@ -78,6 +81,9 @@ def test_open_requests_end_and_new_ones_are_sent_elsewhere(
                 client.completions.create(**fields(1), stream=streams)
             assert (refused.value.status_code, refused.value.code) == (503, "draining")
             assert int(refused.value.response.headers["retry-after"]) >= 1
+        for _ in range(3):
+            large = httpx.post(f"{server.url}/v1/completions", content=b"x" * 4_000_000)
+            assert large.json()["error"]["code"] == "draining"
         assert kept.get("/v1/models").headers["connection"] == "close"
         assert server.metrics()["sharelora_requests_running"] == 16
         ends = {chunk.choices[0].finish_reason for chunk in stream if chunk.choices}
@@ -85,7 +91,7 @@ def test_open_requests_end_and_new_ones_are_sent_elsewhere(
         assert {choice.finish_reason for choice in whole.result().choices} == {"length"}
         ended_at = time.monotonic()
         assert server.wait() == 0
-        assert time.monotonic() - ended_at < 10, "it waited though nothing was open"
+        assert time.monotonic() - ended_at < AT_ONCE_SECONDS, "it waited though nothing was open"
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/health")
     assert "Traceback" not in server.log
@@ -119,7 +125,8 @@ def test_requests_that_take_too_long_fail_and_say_so(
 def test_an_idle_server_is_not_ready_for_the_delay_and_then_ends(
     model_folder: Path, tmp_path: Path
 ) -> None:
-    with server_with(model_folder, tmp_path, "--drain-delay-seconds", "2") as server:
+    arguments = ("--drain-seconds", "120", "--drain-delay-seconds", "2")
+    with server_with(model_folder, tmp_path, *arguments) as server:
         server.send(signal.SIGTERM)
         signalled_at = time.monotonic()
         wait_until_draining(server)
@@ -128,7 +135,7 @@ def test_an_idle_server_is_not_ready_for_the_delay_and_then_ends(
             assert httpx.get(f"{server.url}/health").status_code == 200
             time.sleep(0.1)
         assert server.wait() == 0
-        assert time.monotonic() - signalled_at < 7
+        assert time.monotonic() - signalled_at < AT_ONCE_SECONDS
 
 
 def test_a_second_signal_ends_the_server_at_once(model_folder: Path, tmp_path: Path) -> None:
@@ -144,7 +151,7 @@ def test_a_second_signal_ends_the_server_at_once(model_folder: Path, tmp_path: P
         server.send(signal.SIGINT)
         signalled_at = time.monotonic()
         assert server.wait() == 128 + signal.SIGINT
-        assert time.monotonic() - signalled_at < 2
+        assert time.monotonic() - signalled_at < AT_ONCE_SECONDS
         with pytest.raises(openai.APIConnectionError):
             list(stream)
 
@@ -179,5 +186,5 @@ def test_a_client_that_sends_no_more_does_not_keep_the_server(
             server.send(signal.SIGTERM)
             signalled_at = time.monotonic()
             assert server.wait() == 0
-            assert 0.4 < time.monotonic() - signalled_at < 5
+            assert 0.4 < time.monotonic() - signalled_at < AT_ONCE_SECONDS
     assert "Traceback" not in server.log
