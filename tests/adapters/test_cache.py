@@ -356,10 +356,11 @@ def test_ordinary_names_are_served(shelf: Shelf, name: str) -> None:
 @pytest.mark.parametrize("fault", ["broken", "too large"])
 def test_refused_publish_leaves_the_name_on_its_version(narrow: Shelf, fault: str) -> None:
     version = narrow.publish("tenant", ONE)
-    path = narrow.write(narrow.folder / "next", TWO if fault == "broken" else Content(9, rank=64))
+    large = Content(9, rank=32, modules=("self_attn.q_proj", "mlp.gate_proj", "mlp.down_proj"))
+    path = narrow.write(narrow.folder / "next", TWO if fault == "broken" else large)
     if fault == "broken":
         (path / "adapter_config.json").write_text("{")
-    with pytest.raises(AdapterInvalidError):
+    with pytest.raises(AdapterInvalidError, match="JSON" if fault == "broken" else "memory"):
         narrow.cache.publish("tenant", path)
     assert narrow.cache.resolve("tenant") == version
     narrow.assert_reads_back(narrow.load(version), ONE)
