@@ -69,7 +69,8 @@ def unpack(upload: BinaryIO, folder: Path, *, max_bytes: int) -> Path:
 
     upload is seekable and holds a .safetensors file, or a .zip or .tar.gz of an adapter's folder
     or of what is in it; which one is told from its content. folder exists and is empty. At most
-    max_bytes are written, and of a .tar.gz at most as many are inflated. Weights that cannot be
+    max_bytes are written; of a .tar.gz not many more are inflated, what is not needed included.
+    Weights that cannot be
     read, such as pickles, become empty files of their names, so that read_adapter can name them.
 
     Raises AdapterInvalidError with the reason and the way out, OSError when files cannot be read

@@ -93,7 +93,8 @@ def hostile_weights(
     yield "bytes that are no text", safetensors(text.encode() + b"\xff", data)
     yield "a list", safetensors("[]", b"")
     yield "nothing", safetensors("{}", b"")
-    yield "no tensors", safetensors(metadata, b"")
+    if metadata:
+        yield "no tensors", safetensors(metadata, b"")
     for depth in (100, 900, 50_000):
         yield f"{depth} deep", safetensors(text[:-1] + ', "x": ' + "[" * depth, data)
 

@@ -12,6 +12,7 @@ import torch
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
 from sharelora_serve.adapters.cache import AdapterCache
+from sharelora_serve.adapters.layout import MODULES
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.pool import MatrixPool
 from sharelora_serve.adapters.registry import AdapterRegistry, Published
@@ -181,7 +182,7 @@ def test_refused_publication_leaves_the_name_on_its_version_and_says_so(
     office: Office, fault: str
 ) -> None:
     version = office.publish(ACME, ONE).version
-    content = TWO if fault == "broken" else Content(9, rank=2000)
+    content = TWO if fault == "broken" else Content(9, rank=32, modules=MODULES)
     path = write_content(office.folder / "next", content)
     if fault == "broken":
         (path / "adapter_config.json").write_text("{")

@@ -273,7 +273,7 @@ def test_a_disk_that_cannot_be_written_is_not_the_uploads_fault(tmp_path: Path, 
     _, config, tensors, file = forms(seed)["PEFT"]
     folder = write_folder(tmp_path / "acme", config, tensors, file)
     for upload in (zip_of_contents(folder), tar_of_python(folder), (folder / file).read_bytes()):
-        with pytest.raises(OSError, match="Not a directory"):
+        with pytest.raises(OSError, match=r"File exists|Not a directory"):
             unpack(io.BytesIO(upload), folder / file, max_bytes=MAX_BYTES)
 
 
