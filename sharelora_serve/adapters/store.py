@@ -97,7 +97,8 @@ class AdapterStore:
         self._folder = folder
         self._layout = layout
         self._lock = Lock()  # one transaction at a time on the one connection
-        self._owner = FileLock(folder / "lock", timeout=0)
+        # Not of this thread alone: the one that closes the store may be another.
+        self._owner = FileLock(folder / "lock", timeout=0, thread_local=False)
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._owner.acquire()
