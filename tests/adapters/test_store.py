@@ -11,7 +11,7 @@ import pytest
 
 from sharelora_serve.adapters.adapter import Adapter
 from sharelora_serve.adapters.naming import AdapterName
-from sharelora_serve.adapters.store import AdapterStore, verify_store
+from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.adapters.summary import summarise
 from sharelora_serve.errors import ConfigurationError, StorageError
 from tests.adapters.shelves import LAYOUT
