@@ -54,7 +54,7 @@ class Incoming:
     """The files of one publication, written and synced, on their way into factors/."""
 
     def __init__(self, folder: Path, manifest: Manifest, paths: dict[str, Path]) -> None:
-        """`paths` are of those files that are not in factors/ yet."""
+        """`paths` are of those files that are not in factors/ yet, or damaged there."""
         self._folder = folder
         self._manifest = manifest
         self.paths = paths
@@ -63,13 +63,14 @@ class Incoming:
         """Give the files their names, for good; OSError if the disk does not let it."""
         for file, path in self.paths.items():
             path.rename(self._folder / file)
-        if self.paths:
-            _sync(self._folder)
+        # Even if no file is new: one may have been moved in by a process that was killed before it
+        # came to this.
+        _sync(self._folder)
         return self._manifest
 
 
 class FactorFiles:
-    """The files of a store. Nothing that was named once is ever written again."""
+    """The files of a store. A whole file is never written again, a damaged one is replaced."""
 
     def __init__(self, folder: Path) -> None:
         """Keep files in folder/factors, by way of folder/incoming; neither need exist."""
@@ -88,14 +89,15 @@ class FactorFiles:
     def scratch(self) -> Iterator[Path]:
         """A folder for an upload, gone afterwards; StorageError if there is no room for one."""
         try:
-            with TemporaryDirectory(dir=self._incoming) as folder:
+            # What cannot be deleted goes when the store is opened again; the upload is done.
+            with TemporaryDirectory(dir=self._incoming, ignore_cleanup_errors=True) as folder:
                 yield Path(folder)
         except OSError as error:
             raise not_written(error) from None
 
     @contextmanager
     def incoming(self, adapter: Adapter) -> Iterator[Incoming]:
-        """Write the files that an adapter needs and are not there; they go if not moved in.
+        """Write the files that an adapter needs and are not whole; they go if not moved in.
 
         Raises StorageError.
         """
@@ -104,7 +106,7 @@ class FactorFiles:
         try:
             try:
                 for file, content in contents.items():
-                    if not (self._factors / file).exists():
+                    if not _is_whole(self._factors / file):
                         paths[file] = self._incoming / uuid.uuid4().hex
                         _write(paths[file], content)
             except OSError as error:
@@ -116,23 +118,17 @@ class FactorFiles:
 
     def read(self, digest: str, manifest: Manifest) -> Adapter:
         """A version's factors; StorageError if they are not there, or are not that version's."""
-        tensors: list[dict[str, Tensor]] = []
-        for file in manifest.files:
-            try:
-                tensors.append(load((self._factors / file).read_bytes()))
-            except (OSError, SafetensorError) as error:
-                reason = error.strerror if isinstance(error, OSError) else error
-                raise StorageError(f"factors/{file} of version {digest[:12]}: {reason}") from None
-        factors = [tensors[file][_key(row)] for file, row in manifest.factors]
+        tensors = [self._load(file, digest) for file in manifest.files]
+        try:
+            factors = [tensors[file][_key(row)] for file, row in manifest.factors]
+        except KeyError:
+            raise _damaged(digest) from None
         pairs = {
             (layer, module): FactorPair(factors[a], factors[b], scaling)
             for layer, module, a, b, scaling in manifest.entries
         }
         if adapter_digest(pairs) != digest:
-            raise StorageError(
-                f"version {digest[:12]} is damaged on disk: its files hold other numbers than were "
-                "published; publish it again from a good copy"
-            )
+            raise _damaged(digest)
         return Adapter(digest[:12], digest, pairs, manifest.config)
 
     def delete_all_but(self, files: Collection[str]) -> tuple[int, int]:
@@ -150,8 +146,7 @@ class FactorFiles:
         problems = []
         for path in sorted(self._factors.iterdir()):
             try:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = _digest(path)
             except FileNotFoundError:  # collected by a server meanwhile
                 continue
             except OSError as error:
@@ -161,6 +156,16 @@ class FactorFiles:
                 problems.append(f"factors/{path.name}: holds bytes of another digest, {digest}")
         return problems
 
+    def _load(self, file: str, digest: str) -> dict[str, Tensor]:
+        """The factors in one file of a version, by row."""
+        try:
+            return load((self._factors / file).read_bytes())
+        except OSError as error:
+            reason = error.strerror
+        except (SafetensorError, KeyError, ValueError) as error:
+            reason = f"is not a whole safetensors file ({error})"
+        raise StorageError(f"factors/{file} of version {digest[:12]}: {reason}")
+
 
 def not_written(error: Exception) -> StorageError:
     """What a client is told when the disk refused a change, without paths of the server."""
@@ -169,6 +174,26 @@ def not_written(error: Exception) -> StorageError:
         f"the store could not be written: {reason}; nothing was changed. Whoever runs the server "
         "should look at the disk of --store"
     )
+
+
+def _damaged(digest: str) -> StorageError:
+    return StorageError(
+        f"version {digest[:12]} is damaged on disk: its files hold other numbers than were "
+        "published; publish it again from a good copy"
+    )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there and holds the bytes that its name promises."""
+    try:
+        return _digest(path) == path.name
+    except OSError:
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pack(adapter: Adapter) -> tuple[Manifest, dict[str, bytes]]:

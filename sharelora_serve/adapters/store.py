@@ -13,7 +13,7 @@ there whole or not at all, whenever the process or the machine stops.
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -97,28 +97,29 @@ class AdapterStore:
         self._folder = folder
         self._layout = layout
         self._lock = Lock()  # one transaction at a time on the one connection
-        self._owner = FileLock(folder / "lock", timeout=0)
+        # Not of this thread alone: the one that closes the store may be another.
+        self._owner = FileLock(folder / "lock", timeout=0, thread_local=False)
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._owner.acquire()
-            self._files = FactorFiles(folder)
-            self._files.clear_incoming()
-            self._database = _connect(folder)
-            self._prepare()
+            with ExitStack() as undo:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._owner.acquire()
+                undo.callback(self._owner.release)
+                self._files = FactorFiles(folder)
+                self._files.clear_incoming()
+                self._database = _connect(folder)
+                undo.callback(self._database.close)
+                self._prepare()
+                undo.pop_all()
         except Timeout:
             raise ConfigurationError(
                 f"store = {str(folder)!r}: another server has it open; stop that one, or give "
                 "this one a folder of its own"
             ) from None
         except (OSError, sqlite3.Error) as error:
-            self._owner.release()
             raise ConfigurationError(
                 f"store = {str(folder)!r}: cannot be opened: {error}; it should be a folder that "
                 "may be read and written"
             ) from None
-        except ConfigurationError:
-            self._owner.release()
-            raise
 
     def close(self) -> None:
         """Let another server open the store."""
@@ -270,14 +271,13 @@ class AdapterStore:
     def _prepare(self) -> None:
         """Make the tables, or check that they are of this version and of this base."""
         database, layout = self._database, _layout_text(self._layout)
+        database.execute("BEGIN IMMEDIATE")  # refused if the registry may only be read
         found = database.execute("PRAGMA user_version").fetchone()[0]
         if found == 0:
-            with self._writing():
-                for statement in _SCHEMA.split(";\n"):
-                    database.execute(statement)
-                database.execute("INSERT INTO base VALUES (?, ?)", (self._layout.name, layout))
-            return
-        if found != 1:
+            for statement in _SCHEMA.split(";\n"):
+                database.execute(statement)
+            database.execute("INSERT INTO base VALUES (?, ?)", (self._layout.name, layout))
+        elif found != 1:
             raise ConfigurationError(
                 f"store = {str(self._folder)!r}: was written by a newer version of this server; "
                 "run that one, or give another folder"
@@ -288,6 +288,7 @@ class AdapterStore:
                 f"store = {str(self._folder)!r}: holds adapters of base {name!r}, not of "
                 f"{self._layout.name!r}; serve that base, or give this one a folder of its own"
             )
+        database.execute("COMMIT")
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -322,30 +323,36 @@ def verify_store(folder: Path, on_content: Callable[[int, int], None]) -> list[s
     if not (folder / "registry.sqlite3").is_file():
         raise ConfigurationError(f"store = {str(folder)!r}: there is no store in that folder")
     files = FactorFiles(folder)
-    database = _connect(folder, is_read_only=True)
     try:
-        problems = [
-            f"registry: {row[0]}"
-            for row in database.execute("PRAGMA integrity_check").fetchall()
-            if row[0] != "ok"
-        ]
-        contents = database.execute("SELECT digest, manifest FROM contents").fetchall()
-        for index, (digest, manifest) in enumerate(contents):
-            try:
-                files.read(digest, Manifest.from_json(manifest))
-            except StorageError as error:
-                names = database.execute(
-                    "SELECT owner, name FROM versions JOIN adapters ON id = adapter "
-                    "WHERE digest = ? ORDER BY owner, name",
-                    (digest,),
-                ).fetchall()
-                if names or _is_there(database, digest):  # else it was collected meanwhile
-                    used_by = ", ".join(AdapterName(o or None, n).text for o, n in names)
-                    problems.append(f"{error.message} (version of: {used_by or 'no adapter'})")
-            on_content(index + 1, len(contents))
-        problems += files.damaged()
-    finally:
-        database.close()
+        with closing(_connect(folder, is_read_only=True)) as database:
+            problems = _problems_with_contents(database, files, on_content)
+    except sqlite3.Error as error:
+        problems = [f"registry: {error}"]
+    return problems + files.damaged()
+
+
+def _problems_with_contents(
+    database: sqlite3.Connection, files: FactorFiles, on_content: Callable[[int, int], None]
+) -> list[str]:
+    problems = [
+        f"registry: {row[0]}"
+        for row in database.execute("PRAGMA integrity_check").fetchall()
+        if row[0] != "ok"
+    ]
+    contents = database.execute("SELECT digest, manifest FROM contents").fetchall()
+    for index, (digest, manifest) in enumerate(contents):
+        try:
+            files.read(digest, Manifest.from_json(manifest))
+        except StorageError as error:
+            names = database.execute(
+                "SELECT owner, name FROM versions JOIN adapters ON id = adapter "
+                "WHERE digest = ? ORDER BY owner, name",
+                (digest,),
+            ).fetchall()
+            if names or _is_there(database, digest):  # else it was collected meanwhile
+                used_by = ", ".join(AdapterName(o or None, n).text for o, n in names)
+                problems.append(f"{error.message} (version of: {used_by or 'no adapter'})")
+        on_content(index + 1, len(contents))
     return problems
 
 
