@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -16,13 +17,24 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
 
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter, FactorPair
-from sharelora_serve.adapters.adapter_files import read_weights
 from sharelora_serve.adapters.format import adapter_digest
-from sharelora_serve.errors import AdapterInvalidError, StorageError
+from sharelora_serve.errors import StorageError
+
+# What a file or a manifest in which bytes were changed can raise.
+_DAMAGE = (
+    SafetensorError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +58,13 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote."""
-        return cls(**json.loads(text))
+        """What `to_json` wrote; StorageError for anything else."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError):
+            raise StorageError(
+                "a version's manifest is damaged in the registry; publish it again from a good copy"
+            ) from None
 
 
 class Incoming:
@@ -116,24 +133,34 @@ class FactorFiles:
 
     def read(self, digest: str, manifest: Manifest) -> Adapter:
         """A version's factors; StorageError if they are not there, or are not that version's."""
-        tensors: list[dict[str, Tensor]] = []
-        for file in manifest.files:
-            try:
-                tensors.append(read_weights(self._factors / file).tensors)
-            except (OSError, AdapterInvalidError) as error:
-                reason = error.strerror if isinstance(error, OSError) else error.message
-                raise StorageError(f"factors/{file} of version {digest[:12]}: {reason}") from None
-        factors = [tensors[file][_key(row)] for file, row in manifest.factors]
-        pairs = {
-            (layer, module): FactorPair(factors[a], factors[b], scaling)
-            for layer, module, a, b, scaling in manifest.entries
-        }
-        if adapter_digest(pairs) != digest:
+        try:
+            pairs = self._pairs(digest, manifest)
+            is_whole = adapter_digest(pairs) == digest
+        except _DAMAGE:
+            is_whole = False
+        if not is_whole:
             raise StorageError(
                 f"version {digest[:12]} is damaged on disk: its files hold other numbers than were "
                 "published; publish it again from a good copy"
             )
         return Adapter(digest[:12], digest, pairs, manifest.config)
+
+    def _pairs(self, digest: str, manifest: Manifest) -> dict[tuple[int, str], FactorPair]:
+        """The factors at their places, unchecked; raises StorageError or one of _DAMAGE."""
+        tensors: list[dict[str, Tensor]] = []
+        for file in manifest.files:
+            try:
+                content = (self._factors / file).read_bytes()
+            except OSError as error:
+                raise StorageError(
+                    f"factors/{file} of version {digest[:12]}: {error.strerror}"
+                ) from None
+            tensors.append(load(content))
+        factors = [tensors[file][_key(row)] for file, row in manifest.factors]
+        return {
+            (layer, module): FactorPair(factors[a], factors[b], scaling)
+            for layer, module, a, b, scaling in manifest.entries
+        }
 
     def delete_all_but(self, files: Collection[str]) -> tuple[int, int]:
         """Delete every file with another name; return how many there were, and their bytes."""
@@ -148,7 +175,7 @@ class FactorFiles:
     def damaged(self) -> list[str]:
         """What is wrong with the files by themselves: each must have the digest it is named by."""
         problems = []
-        for path in sorted(self._factors.iterdir()):
+        for path in sorted(self._factors.glob("*")):
             try:
                 with path.open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").hexdigest()

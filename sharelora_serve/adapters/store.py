@@ -13,7 +13,7 @@ there whole or not at all, whenever the process or the machine stops.
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -322,31 +322,37 @@ def verify_store(folder: Path, on_content: Callable[[int, int], None]) -> list[s
     if not (folder / "registry.sqlite3").is_file():
         raise ConfigurationError(f"store = {str(folder)!r}: there is no store in that folder")
     files = FactorFiles(folder)
-    database = _connect(folder, is_read_only=True)
+    problems: list[str] = []
     try:
-        problems = [
-            f"registry: {row[0]}"
-            for row in database.execute("PRAGMA integrity_check").fetchall()
-            if row[0] != "ok"
-        ]
-        contents = database.execute("SELECT digest, manifest FROM contents").fetchall()
-        for index, (digest, manifest) in enumerate(contents):
-            try:
-                files.read(digest, Manifest.from_json(manifest))
-            except StorageError as error:
-                names = database.execute(
-                    "SELECT owner, name FROM versions JOIN adapters ON id = adapter "
-                    "WHERE digest = ? ORDER BY owner, name",
-                    (digest,),
-                ).fetchall()
-                if names or _is_there(database, digest):  # else it was collected meanwhile
-                    used_by = ", ".join(AdapterName(o or None, n).text for o, n in names)
-                    problems.append(f"{error.message} (version of: {used_by or 'no adapter'})")
-            on_content(index + 1, len(contents))
-        problems += files.damaged()
-    finally:
-        database.close()
-    return problems
+        with closing(_connect(folder, is_read_only=True)) as database:
+            for problem in _problems(database, files, on_content):
+                problems.append(problem)
+    except sqlite3.Error as error:
+        problems.append(f"registry: {error}")
+    return problems + files.damaged()
+
+
+def _problems(
+    database: sqlite3.Connection, files: FactorFiles, on_content: Callable[[int, int], None]
+) -> Iterator[str]:
+    """What is wrong with a registry and its versions."""
+    for (finding,) in database.execute("PRAGMA integrity_check").fetchall():
+        if finding != "ok":
+            yield f"registry: {finding}"
+    contents = database.execute("SELECT digest, manifest FROM contents").fetchall()
+    for index, (digest, manifest) in enumerate(contents):
+        try:
+            files.read(digest, Manifest.from_json(manifest))
+        except StorageError as error:
+            names = database.execute(
+                "SELECT owner, name FROM versions JOIN adapters ON id = adapter "
+                "WHERE digest = ? ORDER BY owner, name",
+                (digest,),
+            ).fetchall()
+            if names or _is_there(database, digest):  # else it was collected meanwhile
+                used_by = ", ".join(AdapterName(o or None, n).text for o, n in names)
+                yield f"{error.message} (version of: {used_by or 'no adapter'})"
+        on_content(index + 1, len(contents))
 
 
 def _is_there(database: sqlite3.Connection, digest: str) -> bool:

@@ -36,7 +36,7 @@ GRACE_SECONDS = 8.0
 
 
 def serve(**settings: str | bool | None) -> None:
-    """Serve a base model and its adapters over HTTP, with OpenAI's API.
+    """Serve a base model and its adapters with OpenAI's HTTP API.
 
     A setting comes from its option, else from its environment variable, else from its default.
     """
