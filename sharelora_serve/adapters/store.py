@@ -12,8 +12,8 @@ there whole or not at all, whenever the process or the machine stops.
 
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -106,7 +106,7 @@ class AdapterStore:
                 undo.callback(self._owner.release)
                 self._files = FactorFiles(folder)
                 self._files.clear_incoming()
-                self._database = _connect(folder)
+                self._database = connect(folder)
                 undo.callback(self._database.close)
                 self._prepare()
                 undo.pop_all()
@@ -314,54 +314,8 @@ class AdapterStore:
                 raise
 
 
-def verify_store(folder: Path, on_content: Callable[[int, int], None]) -> list[str]:
-    """Check every digest of a store, which a server may have open, and return what is wrong.
-
-    on_content(done, total) is called after each version. Changes nothing. Raises
-    ConfigurationError if there is no store in the folder.
-    """
-    if not (folder / "registry.sqlite3").is_file():
-        raise ConfigurationError(f"store = {str(folder)!r}: there is no store in that folder")
-    files = FactorFiles(folder)
-    try:
-        with closing(_connect(folder, is_read_only=True)) as database:
-            problems = _problems_with_contents(database, files, on_content)
-    except sqlite3.Error as error:
-        problems = [f"registry: {error}"]
-    return problems + files.damaged()
-
-
-def _problems_with_contents(
-    database: sqlite3.Connection, files: FactorFiles, on_content: Callable[[int, int], None]
-) -> list[str]:
-    problems = [
-        f"registry: {row[0]}"
-        for row in database.execute("PRAGMA integrity_check").fetchall()
-        if row[0] != "ok"
-    ]
-    contents = database.execute("SELECT digest, manifest FROM contents").fetchall()
-    for index, (digest, manifest) in enumerate(contents):
-        try:
-            files.read(digest, Manifest.from_json(manifest))
-        except StorageError as error:
-            names = database.execute(
-                "SELECT owner, name FROM versions JOIN adapters ON id = adapter "
-                "WHERE digest = ? ORDER BY owner, name",
-                (digest,),
-            ).fetchall()
-            if names or _is_there(database, digest):  # else it was collected meanwhile
-                used_by = ", ".join(AdapterName(o or None, n).text for o, n in names)
-                problems.append(f"{error.message} (version of: {used_by or 'no adapter'})")
-        on_content(index + 1, len(contents))
-    return problems
-
-
-def _is_there(database: sqlite3.Connection, digest: str) -> bool:
-    query = "SELECT 1 FROM contents WHERE digest = ?"
-    return database.execute(query, (digest,)).fetchone() is not None
-
-
-def _connect(folder: Path, *, is_read_only: bool = False) -> sqlite3.Connection:
+def connect(folder: Path, *, is_read_only: bool = False) -> sqlite3.Connection:
+    """A connection to a store's registry."""
     path = (folder / "registry.sqlite3").resolve()
     database = sqlite3.connect(
         f"{path.as_uri()}?mode={'ro' if is_read_only else 'rwc'}",

@@ -43,7 +43,7 @@ ECHO_SECONDS = 0.2
 
 
 def serve(**settings: str | bool | None) -> None:
-    """Serve a base model and its adapters over HTTP, with OpenAI's API.
+    """Serve a base model and its adapters with OpenAI's HTTP API.
 
     A setting comes from its option, else from its environment variable, else from its default.
     """
