@@ -115,13 +115,13 @@ def test_every_wrong_setting_is_named_with_its_value_and_what_it_should_be() -> 
 def test_settings_that_contradict_each_other_are_refused_together() -> None:
     with pytest.raises(ConfigurationError) as caught:
         ServeConfig(
-            **{"merge": "acme", "device": "cuda", "kernels": "cpu", "max_running": 600},
+            **{"device": "cuda", "kernels": "cpu", "max_running": 600},
             **{"prefill_chunk": 700, "drain_seconds": 1, "drain_delay_seconds": "1.5"},
         )
     lines = caught.value.message.splitlines()
-    assert lines[0] == "5 wrong settings"
+    assert lines[0] == "4 wrong settings"
     for part in (
-        *("merge = 'acme'", "kernels = 'cpu'", "max_running = 600", "prefill_chunk = 700"),
+        *("kernels = 'cpu'", "max_running = 600", "prefill_chunk = 700"),
         "drain_delay_seconds = 1.5",
     ):
         assert any(part in line for line in lines), part

@@ -95,6 +95,11 @@ class AdapterRegistry:
         self._collector = Thread(target=self._collect, name="adapter-collector", daemon=True)
         self._collector.start()
 
+    @property
+    def base_name(self) -> str:
+        """What no adapter can be called."""
+        return self._layout.name
+
     def close(self) -> None:
         """Stop the collector; the store and the cache are closed by whoever made them."""
         self._is_closed.set()

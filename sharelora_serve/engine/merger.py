@@ -1,9 +1,6 @@
 """Merging by traffic: a second set of weights is made beside the running base, and exchanged."""
 
 import logging
-import os
-import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -19,11 +16,11 @@ from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.scheduler import ScheduledRequest
 from sharelora_serve.errors import ConfigurationError, UnsupportedModelError
 from sharelora_serve.models.loader import ModelWeights
+from sharelora_serve.priority import lower_priority
 
 logger = logging.getLogger(__name__)
 
-# Niceness of the thread that folds: where processors are short it gets about a tenth of one, so
-# that requests hardly notice it and a fold still ends.
+# Of the thread that folds: requests hardly notice it, and a fold still ends.
 _NICENESS = 10
 
 
@@ -95,7 +92,9 @@ class Merger:
         self._policy = policy
         self._fold_weights = fold_weights
         self._fold: _Fold | None = None
-        self._thread = ThreadPoolExecutor(1, "merger", initializer=_lower_priority)
+        self._thread = ThreadPoolExecutor(
+            1, "merger", initializer=lower_priority, initargs=(_NICENESS,)
+        )
 
     def tend(self, scheduled: Sequence[ScheduledRequest], now: float, *, lacks_room: bool) -> bool:
         """Before a step, or instead of one: merge or un-merge, if it is time for that.
@@ -203,10 +202,3 @@ class Merger:
 
 def _name(version: AdapterVersion) -> str:
     return f"{version.name} (version {version.digest[:12]})"
-
-
-def _lower_priority() -> None:
-    """That of this thread alone, where the system knows such a thing."""
-    if sys.platform == "linux":
-        niceness = max(os.getpriority(os.PRIO_PROCESS, 0), _NICENESS)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), niceness)

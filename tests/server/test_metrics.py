@@ -1,15 +1,17 @@
 """What /metrics tells of adapters that come and go."""
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
 from prometheus_client.parser import text_string_to_metric_families
 
-from sharelora_serve.adapters.adapter import AdapterVersion
+from sharelora_serve.adapters.adapter import Adapter, AdapterVersion
 from sharelora_serve.adapters.cache import AdapterCache
 from sharelora_serve.adapters.layout import BaseLayout
+from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.pool import MatrixPool
 from sharelora_serve.engine.engine import EngineStats
 from sharelora_serve.server.metrics import Metrics
@@ -17,42 +19,40 @@ from sharelora_serve.server.usage import Counts
 
 
 class IdleEngine:
-    """As much of an engine as is asked for figures; its adapters are what a test says."""
+    """As much of engine and registry as is asked for figures; adapters are what a test says."""
 
     base_name = "tiny"
 
     def __init__(self, empty_cache: AdapterCache) -> None:
         self.names: list[str] = []
         self.merged: str | None = None
-        self._empty_cache = empty_cache
+        self.adapters = empty_cache
 
     @property
-    def adapters(self) -> Any:
-        empty_cache, names = self._empty_cache, self.names
-
-        class Named:
-            stats = empty_cache.stats
-
-            def versions(self) -> list[AdapterVersion]:
-                return [AdapterVersion(name, name) for name in names]
-
-        return Named()
+    def registry(self) -> Any:
+        return SimpleNamespace(
+            adapters=lambda: [SimpleNamespace(name=AdapterName(None, n)) for n in self.names]
+        )
 
     def stats(self) -> EngineStats:
         return EngineStats(*[0] * 11, merged_adapter=self.merged)
+
+
+def _read_nothing(version: AdapterVersion) -> Adapter:
+    raise AssertionError(f"{version} is not asked for")
 
 
 @pytest.fixture
 def engine() -> Iterator[IdleEngine]:
     layout = BaseLayout("tiny", 1, {"self_attn.q_proj": (8, 8)})
     pool = MatrixPool(1 << 16, layout.feature_counts, torch.float32, torch.device("cpu"))
-    cache = AdapterCache(layout, pool, 1 << 16, on_change=lambda: None)
+    cache = AdapterCache(layout, pool, 1 << 16, read=_read_nothing, on_change=lambda: None)
     yield IdleEngine(cache)
     cache.close()
 
 
 def test_tokens_of_an_adapter_stay_while_it_is_idle_and_go_with_it(engine: IdleEngine) -> None:
-    metrics = Metrics(cast(Any, engine), num_named_adapters=2)
+    metrics = Metrics(cast(Any, engine), engine.registry, num_named_adapters=2)
     engine.names = ["acme", 'quo"ted']
     metrics.usage.account("acme").add(Counts(completion_tokens=7))
     metrics.usage.account("tiny").add(Counts(prompt_tokens=3))
@@ -70,7 +70,7 @@ def test_tokens_of_an_adapter_stay_while_it_is_idle_and_go_with_it(engine: IdleE
 def test_thousands_of_adapters_have_as_many_names_as_may_be(engine: IdleEngine) -> None:
     engine.names = [f"adapter-{number}" for number in range(2000)]
     for num_named in (0, 1, 100, 3000):
-        metrics = Metrics(cast(Any, engine), num_named)
+        metrics = Metrics(cast(Any, engine), engine.registry, num_named)
         for name in engine.names:
             metrics.usage.account(name).add(Counts(1, 2, 3))
         samples = [
@@ -85,7 +85,7 @@ def test_thousands_of_adapters_have_as_many_names_as_may_be(engine: IdleEngine) 
 
 def test_names_have_the_prefix_and_histograms_name_no_adapter(engine: IdleEngine) -> None:
     engine.names = ["acme"]
-    metrics = Metrics(cast(Any, engine), num_named_adapters=1)
+    metrics = Metrics(cast(Any, engine), engine.registry, num_named_adapters=1)
     families = list(text_string_to_metric_families(metrics.render().decode()))
     assert families
     for family in families:
