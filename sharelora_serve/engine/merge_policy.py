@@ -7,8 +7,8 @@ from dataclasses import dataclass
 MERGE_SHARE = 0.95
 """Share of the tokens from which an adapter is merged.
 
-Merged, its own tokens cost about a tenth less and everybody else's up to twice their adapter's
-cost, so it pays only where nearly nobody else is there.
+Merged, its own tokens no longer cost an adapter's work, and everybody else's, the base's too, cost
+one adapter's more: it pays only where nearly nobody else is there.
 """
 
 MERGE_SECONDS = 10.0

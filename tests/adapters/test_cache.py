@@ -389,3 +389,15 @@ def test_unbinding_too_often_is_a_bug_that_is_seen(shelf: Shelf) -> None:
     version = shelf.publish("tenant", ONE)
     with pytest.raises(AssertionError, match="unbound more often"):
         shelf.cache.unbind(version)
+
+
+def test_factors_of_a_version_come_from_host_memory_or_its_folder(forgetful: Shelf) -> None:
+    first, second = forgetful.publish("one", ONE), forgetful.publish("two", TWO)
+    for version in (first, second, first):  # there is room for one on the host
+        assert forgetful.cache.adapter(version).digest == version.digest
+    shutil.rmtree(forgetful.path("two", TWO))
+    with pytest.raises(AdapterUnavailableError, match="'two' cannot be read"):
+        forgetful.cache.adapter(second)
+    forgetful.cache.remove("two")
+    with pytest.raises(AdapterUnavailableError, match="removed"):
+        forgetful.cache.adapter(second)

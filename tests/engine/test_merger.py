@@ -5,6 +5,7 @@ import logging
 import shutil
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -120,6 +121,17 @@ def test_weights_that_an_adapter_does_not_touch_are_shared_with_the_base(tiny: T
             assert getattr(decoder.weights.layers, product) is getattr(base.layers, product)
         assert decoder.weights.embedding is base.embedding
         assert decoder.weights.head is base.head
+
+
+def test_the_copy_of_the_weights_is_freed_with_the_unmerge(tiny: Tiny) -> None:
+    with tiny.model.engine(NAMES, merge_policy=eager()) as engine:
+        merge(engine)
+        copies = [
+            weakref.ref(getattr(tiny.model.decoder.weights.layers, product)) for product in PRODUCTS
+        ]
+        greedy(engine, None)
+        assert engine.engine.stats().num_unmerges == 1
+        assert [copy() for copy in copies] == [None] * len(PRODUCTS)
 
 
 def test_an_adapter_merged_at_run_time_has_the_weights_of_one_merged_at_the_start(
