@@ -376,7 +376,7 @@ class AdapterCache:
         adapter = self._read(entry.version)
         with self._lock:
             self._disk_loads += 1
-            if entry.version.key in self._entries:  # else it was forgotten meanwhile
+            if self._entries.get(entry.version.key) is entry:  # else it was forgotten meanwhile
                 self._keep_on_host(entry, adapter)
         return adapter, False
 
