@@ -98,7 +98,7 @@ def test_names_have_the_prefix_and_histograms_name_no_adapter(engine: IdleEngine
 
 
 def test_the_merged_adapter_has_a_sample_while_it_is_merged(engine: IdleEngine) -> None:
-    metrics = Metrics(cast(Any, engine))
+    metrics = Metrics(cast(Any, engine), engine.registry, num_named_adapters=1)
     assert "sharelora_merged_adapter{" not in metrics.render().decode()
     engine.merged = "acme"
     assert 'sharelora_merged_adapter{adapter="acme"} 1.0' in metrics.render().decode()
