@@ -101,7 +101,7 @@ def check_name(name: str, base_name: str) -> None:
     """Raise AdapterInvalidError if clients cannot call an adapter of the base by that name."""
     if not is_name(name):
         raise AdapterInvalidError(
-            f"{name!r} cannot name an adapter: {NAME_RULE}",
+            f"{name[:_MAX_KEY_LENGTH]!r} cannot name an adapter: {NAME_RULE}",
             param="name",
         )
     if name == base_name:

@@ -301,7 +301,7 @@ class AdapterRegistry:
         if expected is not None and expected != present:
             now = "there is none" if present is None else f"it is at {present}"
             raise VersionMismatchError(
-                f"adapter {name.name!r} is not at version {expected}: {now}; look at what was "
+                f"adapter {name.name!r} is not at version {expected[:64]}: {now}; look at what was "
                 "published meanwhile, then send the present version in If-Match"
             )
 

@@ -25,12 +25,13 @@ from sharelora_serve.priority import lower_priority
 from sharelora_serve.server.ascii_json import AsciiJSONResponse
 from sharelora_serve.server.body import parse_body, read_body
 from sharelora_serve.server.caller import Caller, require_admin
+from sharelora_serve.server.document import IF_MATCH, takes_form, takes_json
 from sharelora_serve.server.drain import Drain
 from sharelora_serve.server.errors import Problem
 from sharelora_serve.server.generation import GenerationContext
 from sharelora_serve.server.logs import request_fields
 from sharelora_serve.server.permissions import changeable, creatable, unknown_adapter
-from sharelora_serve.server.upload import Receiver, Upload
+from sharelora_serve.server.upload import AdapterForm, Receiver, Upload, VersionForm
 
 logger = logging.getLogger(__name__)
 
@@ -84,19 +85,23 @@ class AdapterRoutes:
             _NUM_WORKERS, "publisher", initializer=lower_priority, initargs=(_NICENESS,)
         )
         self.router = router = APIRouter(prefix="/v1")
-        for method, path, answer in (
-            ("GET", "/adapters", self.list_adapters),
-            ("POST", "/adapters", self.create),
-            ("POST", "/adapters/{name:path}/pin", self.pin),
-            ("POST", "/adapters/{name:path}/unpin", self.unpin),
-            ("POST", "/adapters/{name:path}/rollback", self.roll_back),
-            ("GET", "/adapters/{name:path}", self.show),
-            ("PUT", "/adapters/{name:path}", self.publish),
-            ("DELETE", "/adapters/{name:path}", self.delete),
-            ("POST", "/load_lora_adapter", self.load_lora_adapter),
-            ("POST", "/unload_lora_adapter", self.unload_lora_adapter),
+        if_match: dict[str, Any] = {"parameters": [IF_MATCH]}
+        rollback = takes_json(RollbackFields, is_required=False)
+        for method, path, answer, takes in (
+            ("GET", "/adapters", self.list_adapters, None),
+            ("POST", "/adapters", self.create, takes_form(AdapterForm)),
+            ("POST", "/adapters/{name:path}/pin", self.pin, None),
+            ("POST", "/adapters/{name:path}/unpin", self.unpin, None),
+            ("POST", "/adapters/{name:path}/rollback", self.roll_back, rollback | if_match),
+            ("GET", "/adapters/{name:path}", self.show, None),
+            ("PUT", "/adapters/{name:path}", self.publish, takes_form(VersionForm) | if_match),
+            ("DELETE", "/adapters/{name:path}", self.delete, if_match),
+            ("POST", "/load_lora_adapter", self.load_lora_adapter, takes_json(LoadFields)),
+            ("POST", "/unload_lora_adapter", self.unload_lora_adapter, takes_json(UnloadFields)),
         ):
-            router.add_api_route(path, answer, methods=[method], response_model=None)
+            router.add_api_route(
+                path, answer, methods=[method], response_model=None, openapi_extra=takes
+            )
 
     async def list_adapters(
         self,
@@ -137,9 +142,9 @@ class AdapterRoutes:
     async def publish(self, request: Request, name: str) -> Response:
         """Publish a new version of an adapter."""
         async with self._receiver.receive(request) as upload:
-            if upload.name not in (None, name):
+            if upload.name is not None and upload.name != name:
                 raise InvalidRequestError(
-                    f"name: {upload.name!r} is not the name in the path; leave it out",
+                    f"name: {upload.name[:200]!r} is not the name in the path; leave it out",
                     param="name",
                 )
             target = _changeable(request, name)

@@ -4,8 +4,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from sharelora_serve import __version__
@@ -14,9 +16,10 @@ from sharelora_serve.engine.load import Loaded
 from sharelora_serve.errors import EngineStoppedError, ServeError
 from sharelora_serve.server.adapters import AdapterRoutes
 from sharelora_serve.server.auth import AuthenticationMiddleware
+from sharelora_serve.server.body import answer_bad_query
 from sharelora_serve.server.codec import TextCodec
 from sharelora_serve.server.drain import Drain, DrainMiddleware
-from sharelora_serve.server.errors import answer_http_error, answer_serve_error
+from sharelora_serve.server.errors import ErrorAnswer, answer_http_error, answer_serve_error
 from sharelora_serve.server.generation import GenerationContext
 from sharelora_serve.server.keys import KeyFile
 from sharelora_serve.server.mailbox import Mailbox
@@ -53,13 +56,20 @@ def create_app(loaded: Loaded, config: ServeConfig) -> FastAPI:
         finally:
             await asyncio.to_thread(engine.stop)
 
-    app = FastAPI(title="ShareLoRA Serve", version=__version__, lifespan=lifespan)
+    refusals: dict[int | str, dict[str, Any]] = {
+        "4XX": {"model": ErrorAnswer, "description": "Refused; the message says why."},
+        "5XX": {"model": ErrorAnswer, "description": "Failed; nothing is wrong with the request."},
+    }
+    app = FastAPI(
+        title="ShareLoRA Serve", version=__version__, lifespan=lifespan, responses=refusals
+    )
     app.state.drain = Drain(config.drain_seconds, config.drain_delay_seconds)
     app.include_router(OpenAIRoutes(config, int(time.time())).router)
     app.include_router(AdapterRoutes(config).router)
     app.include_router(operations_router)
     app.add_exception_handler(ServeError, answer_serve_error)
     app.add_exception_handler(HTTPException, answer_http_error)
+    app.add_exception_handler(RequestValidationError, answer_bad_query)
     # The last one added is the outermost: a refused request has its id too.
     app.add_middleware(
         AuthenticationMiddleware, keys=KeyFile(config.api_keys) if config.api_keys else None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -18,6 +18,23 @@ INTERNAL_MESSAGE = (
 
 MAX_PROBLEMS = 20
 """Problems that one message lists; a client's bug may be in each of a thousand values."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorContent:
+    """What went wrong, for people (`message`) and for programs (`code`, `param`)."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorAnswer:
+    """OpenAI's shape of an answer to what failed or was refused."""
+
+    error: ErrorContent
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +90,7 @@ def error_content(error: Exception) -> dict[str, Any]:
             None,
             ServeError.code,
         )
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+    return _content(message, kind, param, code)
 
 
 def error_response(error: Exception) -> AsciiJSONResponse:
@@ -104,7 +121,9 @@ async def answer_http_error(request: Request, error: Exception) -> AsciiJSONResp
         code, message = "method_not_allowed", f"{path} takes {allowed}, not {method}."
     else:
         code, message = "http_error", str(error.detail)
-    content = {
-        "error": {"message": message, "type": "invalid_request_error", "param": None, "code": code}
-    }
+    content = _content(message, InvalidRequestError.error_type, None, code)
     return AsciiJSONResponse(content, status_code=error.status_code, headers=error.headers)
+
+
+def _content(message: str, kind: str, param: str | None, code: str) -> dict[str, Any]:
+    return asdict(ErrorAnswer(ErrorContent(message, kind, param, code)))

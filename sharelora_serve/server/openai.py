@@ -21,6 +21,7 @@ from sharelora_serve.server.body import parse_body, read_body
 from sharelora_serve.server.caller import Caller
 from sharelora_serve.server.choice import ChoiceOptions
 from sharelora_serve.server.delivery import GenerationResponse
+from sharelora_serve.server.document import takes_json
 from sharelora_serve.server.drain import Drain
 from sharelora_serve.server.errors import BodyError
 from sharelora_serve.server.generation import (
@@ -51,8 +52,13 @@ class OpenAIRoutes:
         self.router = APIRouter(prefix="/v1")
         self.router.add_api_route("/models", self.list_models, methods=["GET"])
         self.router.add_api_route("/models/{model:path}", self.show_model, methods=["GET"])
-        self.router.add_api_route("/completions", self.complete, methods=["POST"])
-        self.router.add_api_route("/chat/completions", self.chat, methods=["POST"])
+        for path, answer, model in (
+            ("/completions", self.complete, CompletionRequest),
+            ("/chat/completions", self.chat, ChatCompletionRequest),
+        ):
+            self.router.add_api_route(
+                path, answer, methods=["POST"], openapi_extra=takes_json(model)
+            )
 
     async def list_models(self, request: Request) -> Response:
         """The base, then every adapter by name."""
@@ -231,7 +237,7 @@ class OpenAIRoutes:
 
     def _unknown(self, context: GenerationContext, model: str) -> ModelNotFoundError:
         return ModelNotFoundError(
-            f"the model {model!r} does not exist: it is neither the base "
+            f"the model {model[:200]!r} does not exist: it is neither the base "
             f"{context.engine.base_name!r} nor an adapter; /v1/models lists what is served",
             param="model",
         )

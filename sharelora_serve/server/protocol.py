@@ -126,6 +126,8 @@ TextOnly = Annotated[None, BeforeValidator(_text_only)]
 StopString = Annotated[
     str, Field(min_length=1, max_length=MAX_STOP_LENGTH), AfterValidator(_encodable)
 ]
+StopStrings = Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)]
+GivenPrompts = str | list[str] | list[int] | list[list[int]]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=MAX_STOP_TOKENS)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 
@@ -158,8 +160,7 @@ class GenerationFields(_Fields):
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: dict[str, Bias] | None = Field(None, max_length=MAX_LOGIT_BIASES)
     stop: Annotated[
-        Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS)] | None,
-        BeforeValidator(_string_or_list),
+        StopStrings | None, BeforeValidator(_string_or_list, str | StopStrings | None)
     ] = None
     stop_token_ids: TokenIds | None = None
     include_stop_str_in_output: bool | None = None
@@ -281,7 +282,9 @@ def out_of_range(param: str, token_ids: list[int], vocab_size: int) -> Problem:
 class CompletionRequest(GenerationFields):
     """The body of /v1/completions."""
 
-    prompt: Annotated[list[str] | list[list[int]], PlainValidator(_completion_prompts)]
+    prompt: Annotated[
+        list[str] | list[list[int]], PlainValidator(_completion_prompts, GivenPrompts)
+    ]
     echo: bool | None = None
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     best_of: int | None = Field(None, ge=1)
@@ -325,8 +328,8 @@ class CompletionRequest(GenerationFields):
 class ChatMessage(_Fields):
     """One message of a conversation; an answer of this server can be sent back as it is."""
 
-    role: Annotated[str, PlainValidator(_message_role)]
-    content: Annotated[str, PlainValidator(_message_text)]
+    role: Annotated[str, PlainValidator(_message_role, str)]
+    content: Annotated[str, PlainValidator(_message_text, str | list[dict[str, str]])]
     name: Annotated[str, AfterValidator(_encodable)] | None = None
     refusal: Unsupported = None
     annotations: Unsupported = None

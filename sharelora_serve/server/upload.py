@@ -6,6 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from pydantic import BaseModel, Field
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -21,7 +22,18 @@ MAX_SECONDS = 900.0
 """How long one upload may take to arrive: a client that sends a byte now and then holds a place."""
 
 _FORM_BYTES = 64 * 1024  # of the body besides the file
-_FIELDS = ("name", "file")
+
+
+class VersionForm(BaseModel):
+    """What is sent for a new version of an adapter."""
+
+    file: bytes = Field(description="A .safetensors file, a .zip or a .tar.gz of the adapter.")
+
+
+class AdapterForm(VersionForm):
+    """What is sent for a new adapter."""
+
+    name: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +87,10 @@ class Receiver:
                 return await parser.parse()
         except MultiPartException as error:
             raise _malformed(f"the body is no multipart/form-data: {error.message}") from None
+        except UnicodeError:  # charset=undefined is a codec that refuses everything
+            raise _malformed(
+                "the charset of the body's fields cannot be read; leave it out"
+            ) from None
         except TimeoutError:
             raise RequestTimeoutError(
                 f"The upload took longer than {MAX_SECONDS:g} seconds; send it over a faster line."
@@ -89,7 +105,7 @@ class Receiver:
 def _upload(items: list[tuple[str, UploadFile | str]]) -> Upload:
     name, file = None, None
     for field, value in items:
-        if field not in _FIELDS:
+        if field not in AdapterForm.model_fields:
             message = "Unrecognized field; the fields are name and file"
             raise BodyError([Problem(shortened(field), "unknown_parameter", message)])
         if field == "name" and isinstance(value, str):
