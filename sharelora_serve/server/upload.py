@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
@@ -26,6 +26,8 @@ _FORM_BYTES = 64 * 1024  # of the body besides the file
 
 class VersionForm(BaseModel):
     """What is sent for a new version of an adapter."""
+
+    model_config = ConfigDict(extra="forbid")
 
     file: bytes = Field(description="A .safetensors file, a .zip or a .tar.gz of the adapter.")
 
