@@ -32,6 +32,10 @@ class ServerProcess:
     def log(self) -> str:
         return self._log.read_text()
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     def openai(self, api_key: str = "none") -> OpenAI:
         """The official client; to be closed."""
         return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
