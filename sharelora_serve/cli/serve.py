@@ -26,7 +26,7 @@ from sharelora_serve.config import (
     value_text,
 )
 from sharelora_serve.errors import ConfigurationError, EngineStoppedError
-from sharelora_serve.server.head import BoundedHeadProtocol
+from sharelora_serve.server.connection import BoundedConnection
 from sharelora_serve.server.keys import read_keys
 from sharelora_serve.server.logs import configure_logging
 
@@ -80,7 +80,7 @@ def _run(config: ServeConfig, console: Console) -> None:
             log_config=None,
             log_level=config.log_level,
             access_log=config.log_level == "debug",
-            http=BoundedHeadProtocol,
+            http=BoundedConnection,
             ws="none",  # websockets, if installed, would log every header, and so API keys
         ),
         loaded.engine,
