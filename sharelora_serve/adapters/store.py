@@ -174,7 +174,8 @@ class AdapterStore:
             now = time.time()
             manifest = incoming.move_in()
             database.execute(
-                "INSERT OR IGNORE INTO contents VALUES (?, ?, ?)",
+                "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE "
+                "SET manifest = excluded.manifest, summary = excluded.summary",  # mends damage
                 (adapter.digest, manifest.to_json(), summary.to_json()),
             )
             database.executemany(
@@ -327,7 +328,7 @@ def verify_store(folder: Path, on_content: Callable[[int, int], None]) -> list[s
         with closing(_connect(folder, is_read_only=True)) as database:
             for problem in _problems(database, files, on_content):
                 problems.append(problem)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of damage in a message
         problems.append(f"registry: {error}")
     return problems + files.damaged()
 
