@@ -71,7 +71,7 @@ class Incoming:
     """The files of one publication, written and synced, on their way into factors/."""
 
     def __init__(self, folder: Path, manifest: Manifest, paths: dict[str, Path]) -> None:
-        """`paths` are of those files that are not in factors/ yet."""
+        """`paths` are of those files that are not in factors/ yet, or damaged there."""
         self._folder = folder
         self._manifest = manifest
         self.paths = paths
@@ -80,13 +80,14 @@ class Incoming:
         """Give the files their names, for good; OSError if the disk does not let it."""
         for file, path in self.paths.items():
             path.rename(self._folder / file)
-        if self.paths:
-            _sync(self._folder)
+        # Even if no file is new: one may have been moved in by a process that was killed before it
+        # came to this.
+        _sync(self._folder)
         return self._manifest
 
 
 class FactorFiles:
-    """The files of a store. Nothing that was named once is ever written again."""
+    """The files of a store. A whole file is never written again, a damaged one is replaced."""
 
     def __init__(self, folder: Path) -> None:
         """Keep files in folder/factors, by way of folder/incoming; neither need exist."""
@@ -105,14 +106,15 @@ class FactorFiles:
     def scratch(self) -> Iterator[Path]:
         """A folder for an upload, gone afterwards; StorageError if there is no room for one."""
         try:
-            with TemporaryDirectory(dir=self._incoming) as folder:
+            # What cannot be deleted goes when the store is opened again; the upload is done.
+            with TemporaryDirectory(dir=self._incoming, ignore_cleanup_errors=True) as folder:
                 yield Path(folder)
         except OSError as error:
             raise not_written(error) from None
 
     @contextmanager
     def incoming(self, adapter: Adapter) -> Iterator[Incoming]:
-        """Write the files that an adapter needs and are not there; they go if not moved in.
+        """Write the files that an adapter needs and are not whole; they go if not moved in.
 
         Raises StorageError.
         """
@@ -121,7 +123,7 @@ class FactorFiles:
         try:
             try:
                 for file, content in contents.items():
-                    if not (self._factors / file).exists():
+                    if not _is_whole(self._factors / file):
                         paths[file] = self._incoming / uuid.uuid4().hex
                         _write(paths[file], content)
             except OSError as error:
@@ -177,8 +179,7 @@ class FactorFiles:
         problems = []
         for path in sorted(self._factors.glob("*")):
             try:
-                with path.open("rb") as file:
-                    digest = hashlib.file_digest(file, "sha256").hexdigest()
+                digest = _digest(path)
             except FileNotFoundError:  # collected by a server meanwhile
                 continue
             except OSError as error:
@@ -196,6 +197,19 @@ def not_written(error: Exception) -> StorageError:
         f"the store could not be written: {reason}; nothing was changed. Whoever runs the server "
         "should look at the disk of --store"
     )
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file is there and holds the bytes that its name promises."""
+    try:
+        return _digest(path) == path.name
+    except OSError:
+        return False
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _pack(adapter: Adapter) -> tuple[Manifest, dict[str, bytes]]:

@@ -1,7 +1,6 @@
 """What adapter names stand for: publication, removal, rollback and pins, while requests run."""
 
 import logging
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -90,15 +89,20 @@ class AdapterRegistry:
             )
             if stored.is_pinned:
                 self._pin_again(stored.name, version)
-        self._is_closed = False
+        self._is_closed = Event()
         self._has_changed = Event()
         self._has_changed.set()
         self._collector = Thread(target=self._collect, name="adapter-collector", daemon=True)
         self._collector.start()
 
+    @property
+    def base_name(self) -> str:
+        """What no adapter can be called."""
+        return self._layout.name
+
     def close(self) -> None:
         """Stop the collector; the store and the cache are closed by whoever made them."""
-        self._is_closed = True
+        self._is_closed.set()
         self._has_changed.set()
         self._collector.join()
 
@@ -343,10 +347,9 @@ class AdapterRegistry:
 
     def _collect(self) -> None:
         """The collector's thread: delete the files that no name and no request needs any more."""
-        while not self._is_closed:
+        while not self._is_closed.is_set():
             self._has_changed.wait()
-            if not self._is_closed:
-                time.sleep(_COLLECT_SECONDS)
+            self._is_closed.wait(_COLLECT_SECONDS)
             self._has_changed.clear()
             try:
                 with self._changing:

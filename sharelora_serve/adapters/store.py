@@ -12,8 +12,8 @@ there whole or not at all, whenever the process or the machine stops.
 
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
@@ -97,28 +97,29 @@ class AdapterStore:
         self._folder = folder
         self._layout = layout
         self._lock = Lock()  # one transaction at a time on the one connection
-        self._owner = FileLock(folder / "lock", timeout=0)
+        # Not of this thread alone: the one that closes the store may be another.
+        self._owner = FileLock(folder / "lock", timeout=0, thread_local=False)
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._owner.acquire()
-            self._files = FactorFiles(folder)
-            self._files.clear_incoming()
-            self._database = _connect(folder)
-            self._prepare()
+            with ExitStack() as undo:
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._owner.acquire()
+                undo.callback(self._owner.release)
+                self._files = FactorFiles(folder)
+                self._files.clear_incoming()
+                self._database = connect(folder)
+                undo.callback(self._database.close)
+                self._prepare()
+                undo.pop_all()
         except Timeout:
             raise ConfigurationError(
                 f"store = {str(folder)!r}: another server has it open; stop that one, or give "
                 "this one a folder of its own"
             ) from None
         except (OSError, sqlite3.Error) as error:
-            self._owner.release()
             raise ConfigurationError(
                 f"store = {str(folder)!r}: cannot be opened: {error}; it should be a folder that "
                 "may be read and written"
             ) from None
-        except ConfigurationError:
-            self._owner.release()
-            raise
 
     def close(self) -> None:
         """Let another server open the store."""
@@ -271,14 +272,13 @@ class AdapterStore:
     def _prepare(self) -> None:
         """Make the tables, or check that they are of this version and of this base."""
         database, layout = self._database, _layout_text(self._layout)
+        database.execute("BEGIN IMMEDIATE")  # refused if the registry may only be read
         found = database.execute("PRAGMA user_version").fetchone()[0]
         if found == 0:
-            with self._writing():
-                for statement in _SCHEMA.split(";\n"):
-                    database.execute(statement)
-                database.execute("INSERT INTO base VALUES (?, ?)", (self._layout.name, layout))
-            return
-        if found != 1:
+            for statement in _SCHEMA.split(";\n"):
+                database.execute(statement)
+            database.execute("INSERT INTO base VALUES (?, ?)", (self._layout.name, layout))
+        elif found != 1:
             raise ConfigurationError(
                 f"store = {str(self._folder)!r}: was written by a newer version of this server; "
                 "run that one, or give another folder"
@@ -289,6 +289,7 @@ class AdapterStore:
                 f"store = {str(self._folder)!r}: holds adapters of base {name!r}, not of "
                 f"{self._layout.name!r}; serve that base, or give this one a folder of its own"
             )
+        database.execute("COMMIT")
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
@@ -314,54 +315,8 @@ class AdapterStore:
                 raise
 
 
-def verify_store(folder: Path, on_content: Callable[[int, int], None]) -> list[str]:
-    """Check every digest of a store, which a server may have open, and return what is wrong.
-
-    on_content(done, total) is called after each version. Changes nothing. Raises
-    ConfigurationError if there is no store in the folder.
-    """
-    if not (folder / "registry.sqlite3").is_file():
-        raise ConfigurationError(f"store = {str(folder)!r}: there is no store in that folder")
-    files = FactorFiles(folder)
-    problems: list[str] = []
-    try:
-        with closing(_connect(folder, is_read_only=True)) as database:
-            for problem in _problems(database, files, on_content):
-                problems.append(problem)
-    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of damage in a message
-        problems.append(f"registry: {error}")
-    return problems + files.damaged()
-
-
-def _problems(
-    database: sqlite3.Connection, files: FactorFiles, on_content: Callable[[int, int], None]
-) -> Iterator[str]:
-    """What is wrong with a registry and its versions."""
-    for (finding,) in database.execute("PRAGMA integrity_check").fetchall():
-        if finding != "ok":
-            yield f"registry: {finding}"
-    contents = database.execute("SELECT digest, manifest FROM contents").fetchall()
-    for index, (digest, manifest) in enumerate(contents):
-        try:
-            files.read(digest, Manifest.from_json(manifest))
-        except StorageError as error:
-            names = database.execute(
-                "SELECT owner, name FROM versions JOIN adapters ON id = adapter "
-                "WHERE digest = ? ORDER BY owner, name",
-                (digest,),
-            ).fetchall()
-            if names or _is_there(database, digest):  # else it was collected meanwhile
-                used_by = ", ".join(AdapterName(o or None, n).text for o, n in names)
-                yield f"{error.message} (version of: {used_by or 'no adapter'})"
-        on_content(index + 1, len(contents))
-
-
-def _is_there(database: sqlite3.Connection, digest: str) -> bool:
-    query = "SELECT 1 FROM contents WHERE digest = ?"
-    return database.execute(query, (digest,)).fetchone() is not None
-
-
-def _connect(folder: Path, *, is_read_only: bool = False) -> sqlite3.Connection:
+def connect(folder: Path, *, is_read_only: bool = False) -> sqlite3.Connection:
+    """A connection to a store's registry."""
     path = (folder / "registry.sqlite3").resolve()
     database = sqlite3.connect(
         f"{path.as_uri()}?mode={'ro' if is_read_only else 'rwc'}",

@@ -149,7 +149,7 @@ def verify_adapters(
 
     Ends with exit code 1 if anything is wrong, and a line for each of that.
     """
-    from sharelora_serve.adapters.store import verify_store
+    from sharelora_serve.adapters.verify import verify_store
 
     with one_message():
         folder = ServeConfig(model=model, store=store).store_folder

@@ -6,49 +6,19 @@ import pty
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from zlib import crc32
 
 import pytest
-from click.testing import Result
-from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sharelora_serve.cli import app
 from sharelora_serve.server.keys import create_key
 from tests.cli.http_server import scripted_server
 from tests.e2e.adapter_folders import write_adapters
-from tests.e2e.server_process import ServerProcess, running_server
-
-
-@dataclass
-class Shop:
-    """A server, and the command line of its admin."""
-
-    server: ServerProcess
-    store: Path
-    admin_key: str
-    tenant_key: str  # of acme
-
-    def run(self, *arguments: str | Path, key: str | None = None, columns: int = 200) -> Result:
-        environment = {"COLUMNS": str(columns), **self.environment(key)}
-        return CliRunner().invoke(app, ["adapters", *map(str, arguments)], env=environment)
-
-    def environment(self, key: str | None = None) -> dict[str, str]:
-        key = self.admin_key if key is None else key
-        return {"SHARELORA_URL": self.server.url, "SHARELORA_API_KEY": key}
-
-    def json(self, *arguments: str | Path, key: str | None = None) -> Any:
-        result = self.run(*arguments, "--json", key=key)
-        assert result.exit_code == 0, result.stderr
-        return json.loads(result.stdout)
-
-    def version(self, name: str) -> str:
-        return str(self.json("show", name)["version"])
+from tests.e2e.command_line import Shop, commands, packed, refusal, value
+from tests.e2e.server_process import running_server
 
 
 @pytest.fixture(scope="module")
@@ -79,36 +49,6 @@ def folders(tmp_path: Path, model_folder: Path, seed: int) -> list[Path]:
 def name(request: pytest.FixtureRequest) -> str:
     """A name that no other test uses."""
     return str(request.node.name).replace("[", "-").replace("]", "")[-100:].lstrip("_-.")
-
-
-def value(output: str, key: str) -> str:
-    (line,) = (line for line in output.splitlines() if line.startswith(f"{key}  "))
-    return line.removeprefix(key).strip()
-
-
-def refusal(result: Result) -> str:
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    return result.stderr.removeprefix("Error: ").strip()
-
-
-def single_file(folder: Path, path: Path) -> Path:
-    """The adapter of a folder as one .safetensors file."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    config = (folder / "adapter_config.json").read_text()
-    save_file(tensors, path, metadata={"adapter_config": config})
-    return path
-
-
-def packed(folder: Path, path: Path, form: str) -> Path:
-    if form == "safetensors":
-        return single_file(folder, path.with_suffix(".safetensors"))
-    if form == "zip":
-        return Path(shutil.make_archive(str(path), "zip", folder.parent, folder.name))
-    with tarfile.open(path.with_suffix(".tar.gz"), "w:gz") as archive:
-        archive.add(folder, folder.name)
-    return path.with_suffix(".tar.gz")
 
 
 def test_an_added_adapter_is_told_and_answers_the_line_that_is_printed(
@@ -240,20 +180,6 @@ def test_an_adapter_that_cannot_be_served_is_refused_with_the_servers_reasons(
     assert "there is no adapter" in refusal(shop.run("show", name))
 
 
-def commands(name: str, path: Path) -> list[tuple[str | Path, ...]]:
-    """Every command that talks to a server."""
-    return [
-        ("list",),
-        ("show", name),
-        ("add", name, path),
-        ("add", name, path, "--replace"),
-        ("remove", name, "--yes"),
-        ("pin", name),
-        ("unpin", name),
-        ("rollback", name),
-    ]
-
-
 def test_without_a_server_or_with_a_wrong_key_every_command_says_so(
     shop: Shop, folders: list[Path], name: str
 ) -> None:
@@ -267,7 +193,12 @@ def test_without_a_server_or_with_a_wrong_key_every_command_says_so(
             assert "the API key is empty, or has blanks" in refusal(
                 shop.run(*command, "--api-key", key)
             )
-        for bad_url in ("localhost:8000", "http://", "http://127.0.0.1:no", "http://127.0.0.1:99999"):
+        for bad_url in (
+            "localhost:8000",
+            "http://",
+            "http://127.0.0.1:no",
+            "http://127.0.0.1:99999",
+        ):
             assert "is not the address of a server" in refusal(shop.run(*command, "--url", bad_url))
         unknown = refusal(shop.run(*command, key="slk_0000_" + "0" * 43))
         assert "API key" in unknown

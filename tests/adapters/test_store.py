@@ -1,0 +1,242 @@
+"""What the store refuses to open, what it heals, and what a failed change leaves."""
+
+import dataclasses
+import shutil
+import sqlite3
+from collections.abc import Iterator
+from pathlib import Path
+from threading import Thread
+
+import pytest
+
+from sharelora_serve.adapters.adapter import Adapter
+from sharelora_serve.adapters.naming import AdapterName
+from sharelora_serve.adapters.store import AdapterStore
+from sharelora_serve.adapters.summary import summarise
+from sharelora_serve.errors import ConfigurationError, StorageError
+from tests.adapters.shelves import LAYOUT
+from tests.adapters.store_model import (
+    CONTENTS,
+    StoreModel,
+    files_in,
+    problems_in,
+    read_contents,
+    write_content,
+)
+
+RED = AdapterName(None, "red")
+
+
+@pytest.fixture(scope="module")
+def contents(tmp_path_factory: pytest.TempPathFactory) -> list[Adapter]:
+    folder = tmp_path_factory.mktemp("contents")
+    for content in CONTENTS:
+        write_content(folder, content)
+    return read_contents(folder)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "store"
+
+
+@pytest.fixture
+def store(folder: Path) -> Iterator[AdapterStore]:
+    opened = AdapterStore(folder, LAYOUT)
+    yield opened
+    opened.close()
+
+
+def publish(
+    store: AdapterStore, adapter: Adapter, name: AdapterName = RED, keep_versions: int = 3
+) -> float:
+    return store.publish(name, adapter, summarise(adapter), keep_versions=keep_versions)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(ConfigurationError) as caught:
+        AdapterStore(folder, LAYOUT)
+    assert repr(str(folder)) in caught.value.message
+    return caught.value.message
+
+
+def test_two_contents_with_a_common_a_share_its_file(
+    store: AdapterStore, folder: Path, contents: list[Adapter]
+) -> None:
+    publish(store, contents[0])
+    publish(store, contents[1], AdapterName("acme", "red"))
+    assert len(files_in(folder)) == 3  # the A, and the B's of either
+
+
+def test_a_new_version_keeps_the_day_on_which_the_name_was_created(
+    store: AdapterStore, contents: list[Adapter]
+) -> None:
+    created_at = publish(store, contents[0])
+    assert publish(store, contents[1]) == created_at
+    (stored,) = store.adapters()
+    assert stored.created_at == created_at
+    assert stored.summary == summarise(contents[1])
+    assert stored.digest == contents[1].digest
+
+
+def test_a_store_that_is_open_is_refused_and_stays_open(
+    store: AdapterStore, folder: Path, contents: list[Adapter]
+) -> None:
+    with store.scratch() as scratch:
+        (scratch / "upload").write_bytes(b"half an upload")
+        assert "another server has it open" in refusal(folder)
+        assert (scratch / "upload").exists()
+    publish(store, contents[0])
+    assert "another server has it open" in refusal(folder)
+
+
+def test_a_store_that_another_thread_closed_can_be_opened(folder: Path) -> None:
+    store = AdapterStore(folder, LAYOUT)
+    closing = Thread(target=store.close)
+    closing.start()
+    closing.join()
+    AdapterStore(folder, LAYOUT).close()
+
+
+@pytest.mark.parametrize("change", ["name", "num_layers", "shapes"])
+def test_a_store_of_another_base_is_refused_and_left_as_it_is(
+    change: str, folder: Path, contents: list[Adapter]
+) -> None:
+    changes = {"name": "other", "num_layers": 5, "shapes": {"self_attn.q_proj": (8, 8)}}
+    other = AdapterStore(folder, dataclasses.replace(LAYOUT, **{change: changes[change]}))
+    publish(other, contents[0])
+    before = StoreModel.of(other)
+    other.close()
+    assert "holds adapters of base" in refusal(folder)
+    again = AdapterStore(folder, dataclasses.replace(LAYOUT, **{change: changes[change]}))
+    assert StoreModel.of(again) == before
+    again.close()
+
+
+def test_a_store_of_a_newer_version_is_refused(folder: Path) -> None:
+    AdapterStore(folder, LAYOUT).close()
+    database = sqlite3.connect(folder / "registry.sqlite3")
+    database.execute("PRAGMA user_version = 2")
+    database.close()
+    assert "newer version of this server" in refusal(folder)
+
+
+def test_a_file_where_the_store_should_be_is_refused(folder: Path) -> None:
+    folder.write_text("a file")
+    assert "should be a folder" in refusal(folder)
+    assert folder.read_text() == "a file"
+
+
+def test_a_registry_that_is_no_database_is_refused(folder: Path) -> None:
+    folder.mkdir()
+    (folder / "registry.sqlite3").write_bytes(b"not a database " * 1000)
+    assert "cannot be opened" in refusal(folder)
+
+
+def test_a_database_of_something_else_is_refused_every_time(folder: Path) -> None:
+    folder.mkdir()
+    database = sqlite3.connect(folder / "registry.sqlite3")
+    database.execute("CREATE TABLE adapters (of_somebody_else TEXT)")
+    database.close()
+    for _ in range(2):
+        assert "cannot be opened" in refusal(folder)
+
+
+def test_what_a_killed_process_left_half_written_is_gone(
+    folder: Path, contents: list[Adapter]
+) -> None:
+    store = AdapterStore(folder, LAYOUT)
+    publish(store, contents[0])
+    store.close()
+    (folder / "incoming" / "file").write_bytes(b"half")
+    (folder / "incoming" / "upload").mkdir()
+    (folder / "incoming" / "upload" / "adapter.zip").write_bytes(b"half")
+    (folder / "factors" / ("0" * 64)).write_bytes(b"moved in without a row")
+    store = AdapterStore(folder, LAYOUT)
+    assert not list((folder / "incoming").iterdir())
+    assert store.collect(()) == (1, len(b"moved in without a row"), 0)
+    assert problems_in(folder) == []
+    store.close()
+
+
+@pytest.mark.parametrize("damage", ["cut", "flipped", "swapped", "removed", "empty"])
+def test_a_damaged_file_is_found_and_publishing_a_good_copy_heals_it(
+    damage: str, store: AdapterStore, folder: Path, contents: list[Adapter]
+) -> None:
+    adapter = contents[0]
+    publish(store, adapter)
+    largest, other = sorted((folder / "factors").iterdir(), key=lambda path: -path.stat().st_size)
+    content = largest.read_bytes()
+    match damage:
+        case "cut":
+            largest.write_bytes(content[: len(content) // 2])
+        case "flipped":
+            largest.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+        case "swapped":  # for one that is whole and has fewer rows
+            shutil.copy(other, largest)
+        case "removed":
+            largest.unlink()
+        case "empty":
+            largest.write_bytes(b"")
+    with pytest.raises(StorageError) as caught:
+        store.read(adapter.digest)
+    assert str(folder) not in caught.value.message
+    problems = problems_in(folder)
+    assert any("version of: red" in problem for problem in problems), problems
+    publish(store, adapter, AdapterName("acme", "red"))
+    assert store.read(adapter.digest).digest == adapter.digest
+    assert problems_in(folder) == []
+
+
+def test_a_change_that_the_disk_refuses_changes_nothing_and_works_later(
+    folder: Path, store: AdapterStore, contents: list[Adapter]
+) -> None:
+    publish(store, contents[0])
+    before, files = StoreModel.of(store), files_in(folder)
+    shutil.rmtree(folder / "incoming")
+    with pytest.raises(StorageError, match="could not be written: No such file") as caught:
+        publish(store, contents[2])
+    assert str(folder) not in caught.value.message
+    with pytest.raises(StorageError), store.scratch():
+        pass
+    assert StoreModel.of(store) == before
+    assert files_in(folder) == files
+    (folder / "incoming").mkdir()
+    publish(store, contents[2])
+    assert problems_in(folder) == []
+
+
+def test_a_reader_that_stays_in_the_registry_holds_up_no_change(
+    folder: Path, store: AdapterStore, contents: list[Adapter]
+) -> None:
+    publish(store, contents[0])
+    reader = sqlite3.connect(f"{(folder / 'registry.sqlite3').as_uri()}?mode=ro", uri=True)
+    reading = reader.execute("SELECT file FROM content_files")
+    reading.fetchone()  # and is not finished: it sees the store as it is now
+    for content in contents:
+        publish(store, content, keep_versions=1)
+    store.collect(())
+    assert len(reading.fetchall()) == 1
+    reader.close()
+    assert problems_in(folder) == []
+
+
+def test_a_registry_without_a_store_cannot_be_verified(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="no store in that folder"):
+        problems_in(tmp_path)
+
+
+def test_a_registry_that_is_damaged_is_told_by_verify(
+    folder: Path, contents: list[Adapter]
+) -> None:
+    store = AdapterStore(folder, LAYOUT)
+    for content in contents:
+        publish(store, content)
+    store.close()
+    path = folder / "registry.sqlite3"
+    content = path.read_bytes()
+    path.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
+    problems = problems_in(folder)
+    assert any(problem.startswith("registry: ") for problem in problems), problems
+    path.write_bytes(b"\xff" * len(content))
+    assert any(problem.startswith("registry: ") for problem in problems_in(folder))
