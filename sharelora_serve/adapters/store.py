@@ -175,7 +175,8 @@ class AdapterStore:
             now = time.time()
             manifest = incoming.move_in()
             database.execute(
-                "INSERT OR IGNORE INTO contents VALUES (?, ?, ?)",
+                "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE "
+                "SET manifest = excluded.manifest, summary = excluded.summary",  # mends damage
                 (adapter.digest, manifest.to_json(), summary.to_json()),
             )
             database.executemany(

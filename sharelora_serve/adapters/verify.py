@@ -25,7 +25,7 @@ def verify_store(folder: Path, on_content: Callable[[int, int], None]) -> list[s
         with closing(connect(folder, is_read_only=True)) as database:
             for problem in _problems(database, files, on_content):
                 problems.append(problem)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of damage in a message
         problems.append(f"registry: {error}")
     return problems + files.damaged()
 
