@@ -10,6 +10,8 @@ import re
 import resource
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -85,11 +87,15 @@ class KillableServer:
         self._process.kill()
         self._process.join()
 
-    def limit_files(self, num_bytes: int) -> None:
-        """Let every write beyond this size of a file fail from now on, as on a full disk."""
+    @contextmanager
+    def files_limited(self, num_bytes: int) -> Iterator[None]:
+        """Every write beyond this size of a file fails, as on a full disk."""
         assert self._process.pid is not None, "there is a process"
-        _, hard = resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE)
-        resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, (num_bytes, hard))
+        before = resource.prlimit(
+            self._process.pid, resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY)
+        )
+        yield
+        resource.prlimit(self._process.pid, resource.RLIMIT_FSIZE, before)
 
     def http(self) -> httpx.Client:
         """A client that sends what it is told to; to be closed."""

@@ -8,31 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from sharelora_serve.models.config import load_model_config
-from sharelora_serve.server.codec import TextCodec
 from tests.adapters.store_model import KEEP_VERSIONS, problems_in
-from tests.e2e.adapter_changes import Changer, Sample, make_sample
-from tests.e2e.adapter_folders import NAMES, write_adapters
-from tests.e2e.conftest import BASE
+from tests.e2e.adapter_changes import Changer, Sample
 from tests.e2e.killable_server import KillableServer
 from tests.e2e.server_process import SOON_SECONDS
-from tests.golden.reference import load_reference
 
 NUM_CLIENTS = 4
-
-
-@pytest.fixture(scope="module")
-def samples(
-    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, codec: TextCodec, seed: int
-) -> list[Sample]:
-    layout, reference = load_model_config(model_folder).layout(BASE), load_reference(model_folder)
-    folders = [
-        write_adapters(tmp_path_factory.mktemp("samples"), model_folder, seed + number)
-        for number in range(2)
-    ]
-    return [
-        make_sample(folder / name, layout, reference, codec) for folder in folders for name in NAMES
-    ]
 
 
 def garbage_in(store: Path) -> set[str]:
