@@ -23,6 +23,7 @@ from sharelora_serve.errors import (
     ModelNotFoundError,
     PinsFullError,
     ServeError,
+    StorageError,
     VersionMismatchError,
 )
 
@@ -156,12 +157,7 @@ class AdapterRegistry:
         """
         check_name(name.name, self._layout.name)
         previous = self._published.get(name)
-        self._check(name, previous, must_be_new, expected)
-        if fingerprint is not None and previous is not None and not previous.is_from_folder:
-            raise AdapterExistsError(
-                f"an adapter {name.name!r} was uploaded already; delete that one, or rename the "
-                "folder"
-            )
+        self._check(name, previous, must_be_new, expected, fingerprint)
         try:
             adapter = read_adapter(path, self._layout, name=name.text)
             self._pool.check(adapter)
@@ -176,16 +172,20 @@ class AdapterRegistry:
         summary, version = summarise(adapter), _version(name, adapter.digest)
         with self._changing:
             previous = self._published.get(name)
-            self._check(name, previous, must_be_new, expected)
+            self._check(name, previous, must_be_new, expected, fingerprint)
             is_pinned = previous is not None and previous.is_pinned
             pinned_bytes = self._bytes_to_pin(name, adapter) if is_pinned else 0
-            created_at = self._store.publish(
-                name,
-                adapter,
-                summary,
-                keep_versions=self._keep_versions,
-                fingerprint=fingerprint,
-            )
+            try:
+                created_at = self._store.publish(
+                    name,
+                    adapter,
+                    summary,
+                    keep_versions=self._keep_versions,
+                    fingerprint=fingerprint,
+                )
+            except StorageError:
+                self._has_changed.set()  # it may have moved files in before the registry refused
+                raise
             self._cache.admit(version, adapter)
             is_from_folder = fingerprint is not None
             if previous is not None:
@@ -204,9 +204,7 @@ class AdapterRegistry:
             published = self.find(name)
             self._check(name, published, None, expected)
             self._store.remove(name)
-            with self._lock:
-                del self._published[name]
-            self._let_go(published)
+            self._drop(published)
 
     def set_pinned(self, name: AdapterName, is_pinned: bool) -> Published:
         """Keep an adapter on the device, whatever its version, or no longer.
@@ -215,12 +213,12 @@ class AdapterRegistry:
         """
         with self._changing:
             published = self.find(name)
-            if published.is_pinned == is_pinned:
-                return published
             num_bytes = 0
             if is_pinned:
                 num_bytes = self._bytes_to_pin(name, self._cache.adapter(published.version))
             self._store.set_pinned(name, is_pinned)
+            if published.is_pinned == is_pinned:  # as far as is known here: see _pin_again
+                return published
             changed = replace(published, is_pinned=is_pinned)
             with self._lock:
                 self._published[name] = changed
@@ -262,11 +260,15 @@ class AdapterRegistry:
         return self._store.folders()
 
     def forget_folder(self, folder: str) -> None:
-        """A watched folder is gone, and so is the adapter that it made, if it is there still."""
-        self._store.forget_folder(folder)
-        published = self._published.get(AdapterName(None, folder))
-        if published is not None and published.is_from_folder:
-            self.remove(published.name)
+        """A watched folder is gone, and so is the adapter that it made, if it is there still.
+
+        Raises StorageError.
+        """
+        with self._changing:
+            self._store.forget_folder(folder)
+            published = self._published.get(AdapterName(None, folder))
+            if published is not None and published.is_from_folder:
+                self._drop(published)
 
     def _find(self, names: Sequence[AdapterName]) -> Published:
         for name in names:
@@ -281,7 +283,13 @@ class AdapterRegistry:
         published: Published | None,
         must_be_new: bool | None,
         expected: str | None,
+        fingerprint: str | None = None,
     ) -> None:
+        if fingerprint is not None and published is not None and not published.is_from_folder:
+            raise AdapterExistsError(
+                f"an adapter {name.name!r} was uploaded already; delete that one, or rename the "
+                "folder"
+            )
         if must_be_new and published is not None:
             raise AdapterExistsError(
                 f"there is an adapter {name.name!r} already; publish a new version of it with "
@@ -310,6 +318,12 @@ class AdapterRegistry:
             self._published[new.name] = new
         if previous is not None:
             self._let_go(previous)
+
+    def _drop(self, published: Published) -> None:
+        """Let requests no longer find a name."""
+        with self._lock:
+            del self._published[published.name]
+        self._let_go(published)
 
     def _let_go(self, published: Published) -> None:
         if published.is_pinned:

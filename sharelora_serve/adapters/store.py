@@ -10,11 +10,13 @@ A publication writes and syncs its files first and then moves the name in one tr
 there whole or not at all, whenever the process or the machine stops.
 """
 
+import errno
 import sqlite3
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from os.path import samestat
 from pathlib import Path
 from threading import Lock
 
@@ -109,6 +111,7 @@ class AdapterStore:
                 self._database = _connect(folder)
                 undo.callback(self._database.close)
                 self._prepare()
+                self._opened = _registry_in(folder).stat()
                 undo.pop_all()
         except Timeout:
             raise ConfigurationError(
@@ -235,9 +238,12 @@ class AdapterStore:
             return dict(database.execute("SELECT name, fingerprint FROM folders").fetchall())
 
     def forget_folder(self, name: str) -> None:
-        """The watched folder of that name is gone."""
+        """The watched folder of that name is gone, and so is the adapter that it made."""
         with self._writing() as database:
             database.execute("DELETE FROM folders WHERE name = ?", (name,))
+            database.execute(
+                "DELETE FROM adapters WHERE owner = '' AND name = ? AND is_from_folder", (name,)
+            )
 
     def read(self, digest: str) -> Adapter:
         """The factors of a version, checked against its digest.
@@ -304,6 +310,9 @@ class AdapterStore:
         with self._lock:
             try:
                 self._database.execute("BEGIN IMMEDIATE")
+                # SQLite would go on writing to a file that was deleted.
+                if not samestat(_registry_in(self._folder).stat(), self._opened):
+                    raise OSError(errno.ESTALE, "its folder was replaced while it was open")
                 yield self._database
                 self._database.execute("COMMIT")
             except BaseException as error:
@@ -320,7 +329,7 @@ def verify_store(folder: Path, on_content: Callable[[int, int], None]) -> list[s
     on_content(done, total) is called after each version. Changes nothing. Raises
     ConfigurationError if there is no store in the folder.
     """
-    if not (folder / "registry.sqlite3").is_file():
+    if not _registry_in(folder).is_file():
         raise ConfigurationError(f"store = {str(folder)!r}: there is no store in that folder")
     files = FactorFiles(folder)
     try:
@@ -361,10 +370,13 @@ def _is_there(database: sqlite3.Connection, digest: str) -> bool:
     return database.execute(query, (digest,)).fetchone() is not None
 
 
+def _registry_in(folder: Path) -> Path:
+    return folder / "registry.sqlite3"
+
+
 def _connect(folder: Path, *, is_read_only: bool = False) -> sqlite3.Connection:
-    path = (folder / "registry.sqlite3").resolve()
     database = sqlite3.connect(
-        f"{path.as_uri()}?mode={'ro' if is_read_only else 'rwc'}",
+        f"{_registry_in(folder).resolve().as_uri()}?mode={'ro' if is_read_only else 'rwc'}",
         uri=True,
         timeout=30.0,
         isolation_level=None,
