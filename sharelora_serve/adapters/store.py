@@ -10,56 +10,25 @@ A publication writes and syncs its files first and then moves the name in one tr
 there whole or not at all, whenever the process or the machine stops.
 """
 
+import errno
 import sqlite3
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from os.path import samestat
 from pathlib import Path
 from threading import Lock
 
 from filelock import FileLock, Timeout
 
 from sharelora_serve.adapters.adapter import Adapter
+from sharelora_serve.adapters.database import SCHEMA, connect, registry_in
 from sharelora_serve.adapters.factor_files import FactorFiles, Manifest, not_written
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.summary import AdapterSummary
 from sharelora_serve.errors import ConfigurationError, StorageError
-
-_SCHEMA = """
-CREATE TABLE base (name TEXT NOT NULL, layout TEXT NOT NULL);
-CREATE TABLE contents (
-    digest TEXT PRIMARY KEY,
-    manifest TEXT NOT NULL,
-    summary TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE content_files (
-    digest TEXT NOT NULL REFERENCES contents ON DELETE CASCADE,
-    file TEXT NOT NULL,
-    PRIMARY KEY (digest, file)
-) WITHOUT ROWID;
-CREATE TABLE adapters (
-    id INTEGER PRIMARY KEY,
-    owner TEXT NOT NULL,  -- '' is nobody's: public
-    name TEXT NOT NULL,
-    current TEXT NOT NULL REFERENCES contents,
-    is_pinned INTEGER NOT NULL DEFAULT 0,
-    is_from_folder INTEGER NOT NULL,  -- created by the watched folder, and goes with it
-    created_at REAL NOT NULL,
-    UNIQUE (owner, name)
-);
-CREATE TABLE versions (
-    adapter INTEGER NOT NULL REFERENCES adapters ON DELETE CASCADE,
-    digest TEXT NOT NULL REFERENCES contents,
-    number INTEGER NOT NULL,  -- grows with every publication of the adapter
-    published_at REAL NOT NULL,
-    PRIMARY KEY (adapter, digest)
-) WITHOUT ROWID;
-CREATE INDEX versions_by_digest ON versions (digest);
-CREATE TABLE folders (name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) WITHOUT ROWID;
-PRAGMA user_version = 1;
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +78,7 @@ class AdapterStore:
                 self._database = connect(folder)
                 undo.callback(self._database.close)
                 self._prepare()
+                self._opened = registry_in(folder).stat()
                 undo.pop_all()
         except Timeout:
             raise ConfigurationError(
@@ -236,9 +206,12 @@ class AdapterStore:
             return dict(database.execute("SELECT name, fingerprint FROM folders").fetchall())
 
     def forget_folder(self, name: str) -> None:
-        """The watched folder of that name is gone."""
+        """The watched folder of that name is gone, and so is the adapter that it made."""
         with self._writing() as database:
             database.execute("DELETE FROM folders WHERE name = ?", (name,))
+            database.execute(
+                "DELETE FROM adapters WHERE owner = '' AND name = ? AND is_from_folder", (name,)
+            )
 
     def read(self, digest: str) -> Adapter:
         """The factors of a version, checked against its digest.
@@ -275,7 +248,7 @@ class AdapterStore:
         database.execute("BEGIN IMMEDIATE")  # refused if the registry may only be read
         found = database.execute("PRAGMA user_version").fetchone()[0]
         if found == 0:
-            for statement in _SCHEMA.split(";\n"):
+            for statement in SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute("INSERT INTO base VALUES (?, ?)", (self._layout.name, layout))
         elif found != 1:
@@ -305,6 +278,9 @@ class AdapterStore:
         with self._lock:
             try:
                 self._database.execute("BEGIN IMMEDIATE")
+                # SQLite would go on writing to a file that was deleted.
+                if not samestat(registry_in(self._folder).stat(), self._opened):
+                    raise OSError(errno.ESTALE, "its folder was replaced while it was open")
                 yield self._database
                 self._database.execute("COMMIT")
             except BaseException as error:
@@ -313,23 +289,6 @@ class AdapterStore:
                 if isinstance(error, sqlite3.Error | OSError):
                     raise not_written(error) from None
                 raise
-
-
-def connect(folder: Path, *, is_read_only: bool = False) -> sqlite3.Connection:
-    """A connection to a store's registry."""
-    path = (folder / "registry.sqlite3").resolve()
-    database = sqlite3.connect(
-        f"{path.as_uri()}?mode={'ro' if is_read_only else 'rwc'}",
-        uri=True,
-        timeout=30.0,
-        isolation_level=None,
-        check_same_thread=False,
-    )
-    if not is_read_only:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute("PRAGMA foreign_keys = ON")
-    return database
 
 
 def _key(name: AdapterName) -> tuple[str, str]:

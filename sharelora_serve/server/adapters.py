@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response
 
 from sharelora_serve.adapters.naming import AdapterName
-from sharelora_serve.adapters.registry import AdapterRegistry, Published
+from sharelora_serve.adapters.published import Published
+from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.adapters.unpack import unpack
 from sharelora_serve.config import ServeConfig
 from sharelora_serve.errors import (
