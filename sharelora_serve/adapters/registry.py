@@ -182,7 +182,8 @@ class AdapterRegistry:
                 is_from_folder = previous.is_from_folder
             published = Published(name, version, summary, is_pinned, is_from_folder, created_at)
             self._switch(previous, published, pinned_bytes)
-        self._cache.prefetch(version)
+        if fingerprint is None:  # whoever uploads is about to ask; of a whole folder few are asked
+            self._cache.prefetch(version)
         return published
 
     def remove(self, name: AdapterName, *, expected: str | None = None) -> None:
