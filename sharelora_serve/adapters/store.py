@@ -264,6 +264,9 @@ class AdapterStore:
         needed  digests of versions that requests may still read. No publication may be under way.
         """
         with self._writing() as database:
+            # A write even if nothing is to go: a commit that failed when it was synced is still in
+            # the log. Unless it is overwritten, a kill brings it back, then without its files.
+            database.execute("PRAGMA user_version = 1")
             unnamed = database.execute(
                 "SELECT digest FROM contents WHERE digest NOT IN (SELECT digest FROM versions)"
             ).fetchall()
@@ -358,16 +361,12 @@ def _problems_with_contents(
                 "WHERE digest = ? ORDER BY owner, name",
                 (digest,),
             ).fetchall()
-            if names or _is_there(database, digest):  # else it was collected meanwhile
+            is_there = "SELECT 1 FROM contents WHERE digest = ?"  # or was collected meanwhile
+            if names or database.execute(is_there, (digest,)).fetchone():
                 used_by = ", ".join(AdapterName(o or None, n).text for o, n in names)
                 problems.append(f"{error.message} (version of: {used_by or 'no adapter'})")
         on_content(index + 1, len(contents))
     return problems
-
-
-def _is_there(database: sqlite3.Connection, digest: str) -> bool:
-    query = "SELECT 1 FROM contents WHERE digest = ?"
-    return database.execute(query, (digest,)).fetchone() is not None
 
 
 def _registry_in(folder: Path) -> Path:
