@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # docker build -t sharelora-serve .
-# docker run -p 8000:8000 -v sharelora-cache:/var/cache/sharelora sharelora-serve
+# docker run -p 8000:8000 -v sharelora-cache:/var/cache/sharelora -v sharelora-store:/var/lib/sharelora sharelora-serve
 #
 # For an NVIDIA GPU take a torch with CUDA, such as PyPI's own for x86-64, and pass the GPU in:
 # docker build -t sharelora-serve:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .
@@ -28,18 +28,20 @@ RUN apt-get update \
     && apt-get install --yes --no-install-recommends libgomp1 \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 10001 --create-home sharelora \
-    && install --directory --owner sharelora /var/cache/sharelora
+    && install --directory --owner sharelora /var/cache/sharelora /var/lib/sharelora
 COPY --from=build /opt/venv /opt/venv
 COPY adapters /adapters
 # The unpacked base and the compiled kernels go below XDG_CACHE_HOME: a volume there makes later
-# starts fast. Without one every new container unpacks and compiles again.
+# starts fast. Without one every new container unpacks and compiles again. What tenants publish goes
+# below SHARELORA_STORE: without a volume there it is gone with the container.
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/var/cache/sharelora \
     HF_HOME=/var/cache/sharelora/huggingface \
     SHARELORA_HOST=0.0.0.0 \
     SHARELORA_PORT=8000 \
-    SHARELORA_ADAPTERS=/adapters
+    SHARELORA_ADAPTERS=/adapters \
+    SHARELORA_STORE=/var/lib/sharelora
 USER 10001
 WORKDIR /home/sharelora
 EXPOSE 8000

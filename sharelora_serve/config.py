@@ -145,7 +145,8 @@ class ServeConfig(BaseSettings):
         "off",
         min_length=1,
         description="Adapter to fold into the base's weights, such as acme-support: it then costs "
-        "what the base costs, the others are still served; off folds none.",
+        "what the base costs, the others are still served. auto folds the one that has nearly all "
+        "of the traffic, while it has; off folds none.",
     )
     adapter_memory: Size = Field(
         512 * 1024**2,
@@ -200,8 +201,33 @@ class ServeConfig(BaseSettings):
         description="Compute threads on a CPU, such as 8; without it one per physical core that "
         "the process may use.",
     )
+    drain_seconds: float = Field(
+        8.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds that open requests may go on after the signal to stop, such as 8; "
+        "what is left then fails. Docker kills a container after 10, Kubernetes a pod after 30.",
+    )
+    drain_delay_seconds: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="Seconds after that signal in which /ready is answered with 503 even if no "
+        "request is open, such as 3: longer than a load balancer takes between two looks.",
+    )
+    metrics_adapters: int = Field(
+        100,
+        ge=0,
+        description="Adapters that /metrics counts by name, the most used ones, such as 100; all "
+        "others are counted together.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least severe messages to log."
+    )
+    log_format: Literal["text", "json"] = Field(
+        "text",
+        description="Lines of the log: text for people, json for one object a line with time, "
+        "level, logger, message and fields.",
     )
 
     def __init__(self, **settings: Any) -> None:  # noqa: ANN401 - checked by the fields
@@ -210,15 +236,6 @@ class ServeConfig(BaseSettings):
             super().__init__(**settings)
         except ValidationError as error:
             raise ConfigurationError(_describe(error)) from None
-
-    @field_validator("merge")
-    @classmethod
-    def _merge_names_an_adapter(cls, merge: str) -> str:
-        if merge == "auto":
-            raise ValueError(
-                "merging by traffic is not in this version; should be off or an adapter's name"
-            )
-        return merge
 
     @field_validator("adapters")
     @classmethod
@@ -251,6 +268,11 @@ class ServeConfig(BaseSettings):
                 f"prefill_chunk = {self.prefill_chunk}: should be at most max_batch_tokens = "
                 f"{self.max_batch_tokens}"
             )
+        if self.drain_delay_seconds > self.drain_seconds:
+            problems.append(
+                f"drain_delay_seconds = {self.drain_delay_seconds:g}: should be at most "
+                f"drain_seconds = {self.drain_seconds:g}, which is all the time there is"
+            )
         if problems:
             raise ValueError("\n".join(problems))
         return self
@@ -272,6 +294,11 @@ class ServeConfig(BaseSettings):
             return self.store
         data = Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share")
         return data / "sharelora-serve" / re.sub(r"[^\w.-]", "_", self.base_name)
+
+    @property
+    def merged_adapter(self) -> str | None:
+        """The adapter that merge names, folded in for good."""
+        return None if self.merge in ("off", "auto") else self.merge
 
     @property
     def num_threads(self) -> int:
@@ -296,11 +323,13 @@ def default_text(setting: str) -> str:
         return ""
     if any(isinstance(item, BeforeValidator) for item in field.metadata):
         return format_bytes(field.default)
+    if field.annotation is float:
+        return f"{field.default:g}"
     return "on" if field.default is True else str(field.default)
 
 
 def value_text(setting: str) -> str:
-    """What kind of value a setting takes: 'auto|cpu|cuda', SIZE, INTEGER, PATH or TEXT."""
+    """What kind of value a setting takes: 'auto|cpu|cuda', SIZE, INTEGER, NUMBER, PATH or TEXT."""
     field = ServeConfig.model_fields[setting]
     if get_origin(field.annotation) is Literal:
         return "|".join(get_args(field.annotation))
@@ -310,6 +339,8 @@ def value_text(setting: str) -> str:
         return "on|off"
     if field.annotation in (int, int | None):
         return "INTEGER"
+    if field.annotation is float:
+        return "NUMBER"
     return "PATH" if field.annotation == Path | None else "TEXT"
 
 

@@ -18,6 +18,7 @@ ServeError
 ├── AdapterUnavailableError        503  adapter_unavailable
 ├── StorageError                   503  storage_failed
 ├── EngineStoppedError             503  engine_stopped
+├── DrainingError                  503  draining
 ├── SamplingError                  500  sampling_failed
 ├── UnsupportedModelError          (at start only)
 └── ConfigurationError             (at start only)
@@ -34,8 +35,6 @@ class ServeError(Exception):
     status = 500
     error_type = "server_error"
     code = "internal_error"
-
-    retry_after_seconds: float | None = None
 
     def __init__(
         self,
@@ -161,6 +160,13 @@ class EngineStoppedError(ServeError):
 
     status = 503
     code = "engine_stopped"
+
+
+class DrainingError(ServeError):
+    """The server finishes what it has and takes nothing new; another one takes it."""
+
+    status = 503
+    code = "draining"
 
 
 class SamplingError(ServeError):

@@ -34,6 +34,7 @@ def test_defaults_are_those_documented() -> None:
     assert config.adapter_host_memory == 2 * 1024**3
     assert config.kv_memory == 1024**3
     assert config.max_request_bytes == 4 * 1024**2
+    assert (config.drain_seconds, config.drain_delay_seconds) == (8, 0)
 
 
 def test_a_setting_is_read_from_its_environment_variable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -94,14 +95,17 @@ def test_a_shown_size_reads_back(number: int, unit: str) -> None:
 
 def test_every_wrong_setting_is_named_with_its_value_and_what_it_should_be() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        ServeConfig(port="x", kv_memory=0, device="tpu", adapters="/nowhere", pots=1)
+        ServeConfig(
+            port="x", kv_memory=0, device="tpu", adapters="/nowhere", api_keys="/tmp", pots=1
+        )
     lines = caught.value.message.splitlines()
-    assert lines[0] == "5 wrong settings"
+    assert lines[0] == "6 wrong settings"
     for setting, value, expected in [
         ("port", "x", "integer"),
         ("kv_memory", "0", "greater than 0"),
         ("device", "tpu", "'auto', 'cpu' or 'cuda'"),
         ("adapters", "/nowhere", "existing folder"),
+        ("api_keys", "/tmp", "existing file; sharelora-serve keys create --admin makes it"),
         ("pots", "1", "no such setting; there are model, model_name"),
     ]:
         line = next(line for line in lines if line.startswith(f"  {setting} = {value}: "))
@@ -110,16 +114,26 @@ def test_every_wrong_setting_is_named_with_its_value_and_what_it_should_be() -> 
 
 def test_settings_that_contradict_each_other_are_refused_together() -> None:
     with pytest.raises(ConfigurationError) as caught:
-        ServeConfig(merge="acme", device="cuda", kernels="cpu", max_running=600, prefill_chunk=700)
+        ServeConfig(
+            **{"device": "cuda", "kernels": "cpu", "max_running": 600},
+            **{"prefill_chunk": 700, "drain_seconds": 1, "drain_delay_seconds": "1.5"},
+        )
     lines = caught.value.message.splitlines()
     assert lines[0] == "4 wrong settings"
-    for part in ("merge = 'acme'", "kernels = 'cpu'", "max_running = 600", "prefill_chunk = 700"):
+    for part in (
+        *("kernels = 'cpu'", "max_running = 600", "prefill_chunk = 700"),
+        "drain_delay_seconds = 1.5",
+    ):
         assert any(part in line for line in lines), part
 
 
-def test_merge_auto_is_refused_as_not_there_yet() -> None:
-    with pytest.raises(ConfigurationError, match="not in this version; should be off or"):
-        ServeConfig(merge="auto")
+@pytest.mark.parametrize(
+    ("merge", "merged"), [("off", None), ("auto", None), ("acme", "acme"), ("Auto", "Auto")]
+)
+def test_merge_names_an_adapter_unless_it_is_off_or_auto(
+    merge: str, merged: str | None, tmp_path: Path
+) -> None:
+    assert ServeConfig(merge=merge, adapters=tmp_path).merged_adapter == merged
 
 
 def test_the_base_is_called_by_the_last_part_of_its_folder_or_hub_id(

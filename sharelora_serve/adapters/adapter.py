@@ -56,6 +56,12 @@ class Adapter:
     pairs: dict[tuple[int, str], FactorPair]
     config: dict[str, Any] = field(repr=False)
 
+    @property
+    def num_bytes(self) -> int:
+        """Of all factors, equal ones once."""
+        tensors = {id(t): t for pair in self.pairs.values() for t in (pair.a, pair.b)}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class PageTable:

@@ -22,7 +22,7 @@ _PARTS = "adapter_model-*.safetensors"
 
 # Parsed, a header takes some twenty times its length in memory. 126 layers with all modules have
 # 1764 tensors and a header of 0.3 MB; the configuration may stand in it too.
-_MAX_HEADER_BYTES = 4 * MAX_CONFIG_BYTES
+_MAX_HEADER_BYTES = 8 * MAX_CONFIG_BYTES
 _MAX_TENSORS = 10_000
 
 

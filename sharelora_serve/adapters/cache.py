@@ -6,14 +6,12 @@ written by loader threads.
 """
 
 import logging
-import os
-import sys
 import time
 from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from queue import SimpleQueue
-from threading import Lock, Thread, get_native_id
+from threading import Lock, Thread
 
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, PageTable
 from sharelora_serve.adapters.layout import BaseLayout
@@ -21,16 +19,12 @@ from sharelora_serve.adapters.pages import PoolFullError
 from sharelora_serve.adapters.pool import MatrixPool, Resident, StagedAdapter
 from sharelora_serve.adapters.residency import CacheStats, Entry, Tier, Waiting
 from sharelora_serve.errors import AdapterUnavailableError, ServeError
+from sharelora_serve.priority import lower_priority
 
 logger = logging.getLogger(__name__)
 
-# A load that failed is tried again after this many seconds, then after twice as many, and so on.
-_FIRST_RETRY_SECONDS = 0.5
-_LAST_RETRY_SECONDS = 30.0
-
-# Loads yield the processor to the engine: a request that waits for its adapter waits a little
-# longer, all running ones go on as before.
-_LOADER_NICENESS = 10
+# A request that waits for its adapter waits a little longer, so that running ones go on as before.
+_NICENESS = 10
 
 
 class AdapterCache:
@@ -85,7 +79,7 @@ class AdapterCache:
         with self._lock:
             entry = self._entries.setdefault(version.key, Entry(version))
             entry.num_names += 1
-            self._forget_failure(entry)
+            entry.forget_failures()
             if adapter is not None:
                 self._keep_on_host(entry, adapter)
 
@@ -115,13 +109,17 @@ class AdapterCache:
             self._rest(entry)
             self._settle(entry)
 
+    def is_named(self, version: AdapterVersion) -> bool:
+        """Whether new requests may still ask for the version."""
+        with self._lock:
+            entry = self._entries.get(version.key)
+            return entry is not None and entry.num_names > 0
+
     def tier(self, version: AdapterVersion) -> Tier:
         """The fastest place that holds the version now."""
         with self._lock:
             entry = self._entries.get(version.key)
-            if entry is not None and entry.resident is not None:
-                return Tier.DEVICE
-            return Tier.HOST if entry is not None and entry.adapter is not None else Tier.DISK
+            return Tier.DISK if entry is None else entry.tier
 
     def digests(self) -> set[str]:
         """Of all versions that are known, whose files a request may still need."""
@@ -288,11 +286,8 @@ class AdapterCache:
             self._num_discarding += 1
             self._jobs.put(partial(self._discard, entry.resident))
 
-    def _forget_failure(self, entry: Entry) -> None:
-        entry.failure, entry.num_failures = None, 0
-
     def _keep_on_host(self, entry: Entry, adapter: Adapter) -> None:
-        num_bytes = _num_bytes(adapter)
+        num_bytes = adapter.num_bytes
         if entry.adapter is None and num_bytes <= self._host_memory_bytes:
             entry.adapter, entry.host_bytes = adapter, num_bytes
             self._host[entry] = None
@@ -318,7 +313,7 @@ class AdapterCache:
         return None
 
     def _will_have_room(self, entry: Entry) -> bool:
-        """Whether anything may still leave the device, so that it is worth waiting for room."""
+        """Whether anything may still leave the device, so that waiting for room makes sense."""
         return self._num_discarding > 0 or any(
             other is not entry
             and not other.num_pins
@@ -329,8 +324,7 @@ class AdapterCache:
     # On the loader threads, without the lock.
 
     def _work(self) -> None:
-        if sys.platform == "linux":  # where threads have priorities of their own
-            os.setpriority(os.PRIO_PROCESS, get_native_id(), _LOADER_NICENESS)
+        lower_priority(_NICENESS)
         while (job := self._jobs.get()) is not None and not self._is_closed:
             job()
             self._on_change()
@@ -357,13 +351,10 @@ class AdapterCache:
             if resident is not None:
                 entry.resident = resident
                 self._host_hits += is_from_host
-                self._forget_failure(entry)
+                entry.forget_failures()
             if failure is not None:
                 self._failures += 1
-                entry.failure = failure
-                seconds = _FIRST_RETRY_SECONDS * 2**entry.num_failures
-                entry.retry_at = time.monotonic() + min(seconds, _LAST_RETRY_SECONDS)
-                entry.num_failures = min(entry.num_failures + 1, 16)
+                entry.note_failure(failure, time.monotonic())
             self._rest(entry)
             self._settle(entry)
 
@@ -376,7 +367,7 @@ class AdapterCache:
         adapter = self._read(entry.version)
         with self._lock:
             self._disk_loads += 1
-            if entry.version.key in self._entries:  # else it was forgotten meanwhile
+            if self._entries.get(entry.version.key) is entry:  # else it was forgotten meanwhile
                 self._keep_on_host(entry, adapter)
         return adapter, False
 
@@ -402,8 +393,3 @@ class AdapterCache:
                         return None
             if victim is not None:
                 self._pool.release(victim)
-
-
-def _num_bytes(adapter: Adapter) -> int:
-    tensors = {id(t): t for pair in adapter.pairs.values() for t in (pair.a, pair.b)}
-    return sum(tensor.nbytes for tensor in tensors.values())

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+import struct
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -23,6 +24,17 @@ from torch import Tensor
 from sharelora_serve.adapters.adapter import Adapter, FactorPair
 from sharelora_serve.adapters.format import adapter_digest
 from sharelora_serve.errors import StorageError
+
+# What a file or a manifest in which bytes were changed can raise.
+_DAMAGE = (
+    SafetensorError,
+    LookupError,
+    OverflowError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+    struct.error,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,8 +58,13 @@ class Manifest:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """What `to_json` wrote."""
-        return cls(**json.loads(text))
+        """What `to_json` wrote; StorageError for anything else."""
+        try:
+            return cls(**json.loads(text))
+        except (TypeError, ValueError):
+            raise StorageError(
+                "a version's manifest is damaged in the registry; publish it again from a good copy"
+            ) from None
 
 
 class Incoming:
@@ -118,18 +135,34 @@ class FactorFiles:
 
     def read(self, digest: str, manifest: Manifest) -> Adapter:
         """A version's factors; StorageError if they are not there, or are not that version's."""
-        tensors = [self._load(file, digest) for file in manifest.files]
         try:
-            factors = [tensors[file][_key(row)] for file, row in manifest.factors]
-        except KeyError:
-            raise _damaged(digest) from None
-        pairs = {
+            pairs = self._pairs(digest, manifest)
+            is_whole = adapter_digest(pairs) == digest
+        except _DAMAGE:
+            is_whole = False
+        if not is_whole:
+            raise StorageError(
+                f"version {digest[:12]} is damaged on disk: its files hold other numbers than were "
+                "published; publish it again from a good copy"
+            )
+        return Adapter(digest[:12], digest, pairs, manifest.config)
+
+    def _pairs(self, digest: str, manifest: Manifest) -> dict[tuple[int, str], FactorPair]:
+        """The factors at their places, unchecked; raises StorageError or one of _DAMAGE."""
+        tensors: list[dict[str, Tensor]] = []
+        for file in manifest.files:
+            try:
+                content = (self._factors / file).read_bytes()
+            except OSError as error:
+                raise StorageError(
+                    f"factors/{file} of version {digest[:12]}: {error.strerror}"
+                ) from None
+            tensors.append(load(content))
+        factors = [tensors[file][_key(row)] for file, row in manifest.factors]
+        return {
             (layer, module): FactorPair(factors[a], factors[b], scaling)
             for layer, module, a, b, scaling in manifest.entries
         }
-        if adapter_digest(pairs) != digest:
-            raise _damaged(digest)
-        return Adapter(digest[:12], digest, pairs, manifest.config)
 
     def delete_all_but(self, files: Collection[str]) -> tuple[int, int]:
         """Delete every file with another name; return how many there were, and their bytes.
@@ -147,7 +180,7 @@ class FactorFiles:
     def damaged(self) -> list[str]:
         """What is wrong with the files by themselves: each must have the digest it is named by."""
         problems = []
-        for path in sorted(path for path in self._factors.iterdir() if not path.is_dir()):
+        for path in sorted(path for path in self._factors.glob("*") if not path.is_dir()):
             try:
                 digest = _digest(path)
             except FileNotFoundError:  # collected by a server meanwhile
@@ -159,16 +192,6 @@ class FactorFiles:
                 problems.append(f"factors/{path.name}: holds bytes of another digest, {digest}")
         return problems
 
-    def _load(self, file: str, digest: str) -> dict[str, Tensor]:
-        """The factors in one file of a version, by row."""
-        try:
-            return load((self._factors / file).read_bytes())
-        except OSError as error:
-            reason = error.strerror
-        except (SafetensorError, KeyError, ValueError) as error:
-            reason = f"is not a whole safetensors file ({error})"
-        raise StorageError(f"factors/{file} of version {digest[:12]}: {reason}")
-
 
 def not_written(error: Exception) -> StorageError:
     """What a client is told when the disk refused a change, without paths of the server."""
@@ -176,13 +199,6 @@ def not_written(error: Exception) -> StorageError:
     return StorageError(
         f"the store could not be written: {reason}; nothing was changed. Whoever runs the server "
         "should look at the disk of --store"
-    )
-
-
-def _damaged(digest: str) -> StorageError:
-    return StorageError(
-        f"version {digest[:12]} is damaged on disk: its files hold other numbers than were "
-        "published; publish it again from a good copy"
     )
 
 

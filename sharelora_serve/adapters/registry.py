@@ -1,10 +1,9 @@
 """What adapter names stand for: publication, removal, rollback and pins, while requests run."""
 
 import logging
-import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Lock, Thread
 
@@ -14,12 +13,12 @@ from sharelora_serve.adapters.format import read_adapter
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import AdapterName, check_name
 from sharelora_serve.adapters.pool import MatrixPool
+from sharelora_serve.adapters.published import Published, choose_version
 from sharelora_serve.adapters.store import AdapterStore, StoredVersion
-from sharelora_serve.adapters.summary import AdapterSummary, summarise
+from sharelora_serve.adapters.summary import summarise
 from sharelora_serve.errors import (
     AdapterExistsError,
     AdapterInvalidError,
-    InvalidRequestError,
     ModelNotFoundError,
     PinsFullError,
     ServeError,
@@ -35,20 +34,6 @@ _MOST_PINNED = 0.5
 # How long after a change the files that it left without a name are looked for, so that many
 # changes cost one look; and how often they are looked for while running requests may need them.
 _COLLECT_SECONDS = 2.0
-
-_FEWEST_DIGEST_CHARACTERS = 8  # that a version may be called by
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What one name stands for now; `created_at` in Unix seconds."""
-
-    name: AdapterName
-    version: AdapterVersion
-    summary: AdapterSummary
-    is_pinned: bool
-    is_from_folder: bool
-    created_at: float
 
 
 class AdapterRegistry:
@@ -91,15 +76,20 @@ class AdapterRegistry:
             )
             if stored.is_pinned:
                 self._pin_again(stored.name, version)
-        self._is_closed = False
+        self._is_closed = Event()
         self._has_changed = Event()
         self._has_changed.set()
         self._collector = Thread(target=self._collect, name="adapter-collector", daemon=True)
         self._collector.start()
 
+    @property
+    def base_name(self) -> str:
+        """What no adapter can be called."""
+        return self._layout.name
+
     def close(self) -> None:
         """Stop the collector; the store and the cache are closed by whoever made them."""
-        self._is_closed = True
+        self._is_closed.set()
         self._has_changed.set()
         self._collector.join()
 
@@ -244,7 +234,7 @@ class AdapterRegistry:
         with self._changing:
             published = self.find(name)
             self._check(name, published, None, expected)
-            digest = _choose(self._store.versions(name), published.version.digest, version)
+            digest = choose_version(self._store.versions(name), published.version.digest, version)
             adapter = self._store.read(digest)  # what cannot be read is not rolled back to
             self._pool.check(adapter)
             num_bytes = self._bytes_to_pin(name, adapter) if published.is_pinned else 0
@@ -357,10 +347,9 @@ class AdapterRegistry:
 
     def _collect(self) -> None:
         """The collector's thread: delete the files that no name and no request needs any more."""
-        while not self._is_closed:
+        while not self._is_closed.is_set():
             self._has_changed.wait()
-            if not self._is_closed:
-                time.sleep(_COLLECT_SECONDS)
+            self._is_closed.wait(_COLLECT_SECONDS)
             self._has_changed.clear()
             try:
                 with self._changing:
@@ -377,23 +366,3 @@ class AdapterRegistry:
 
 def _version(name: AdapterName, digest: str) -> AdapterVersion:
     return AdapterVersion(name.text, digest, name.owner)
-
-
-def _choose(versions: Sequence[StoredVersion], present: str, wanted: str | None) -> str:
-    """The digest to roll back to."""
-    digests = [version.digest for version in versions]
-    if wanted is None:
-        earlier = digests[digests.index(present) + 1 :]
-        if not earlier:
-            raise InvalidRequestError(
-                "there is no version before the present one to roll back to", param="version"
-            )
-        return earlier[0]
-    found = [digest for digest in digests if digest.startswith(wanted.lower())]
-    if len(found) != 1 or len(wanted) < _FEWEST_DIGEST_CHARACTERS:
-        raise InvalidRequestError(
-            f"version: {wanted[:64]!r} is not one of this adapter's {len(digests)} versions; give "
-            f"one of {', '.join(digest[:12] for digest in digests)}",
-            param="version",
-        )
-    return found[0]

@@ -13,8 +13,8 @@ there whole or not at all, whenever the process or the machine stops.
 import errno
 import sqlite3
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from os.path import samestat
 from pathlib import Path
@@ -23,45 +23,12 @@ from threading import Lock
 from filelock import FileLock, Timeout
 
 from sharelora_serve.adapters.adapter import Adapter
+from sharelora_serve.adapters.database import SCHEMA, connect, registry_in
 from sharelora_serve.adapters.factor_files import FactorFiles, Manifest, not_written
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.summary import AdapterSummary
 from sharelora_serve.errors import ConfigurationError, StorageError
-
-_SCHEMA = """
-CREATE TABLE base (name TEXT NOT NULL, layout TEXT NOT NULL);
-CREATE TABLE contents (
-    digest TEXT PRIMARY KEY,
-    manifest TEXT NOT NULL,
-    summary TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE content_files (
-    digest TEXT NOT NULL REFERENCES contents ON DELETE CASCADE,
-    file TEXT NOT NULL,
-    PRIMARY KEY (digest, file)
-) WITHOUT ROWID;
-CREATE TABLE adapters (
-    id INTEGER PRIMARY KEY,
-    owner TEXT NOT NULL,  -- '' is nobody's: public
-    name TEXT NOT NULL,
-    current TEXT NOT NULL REFERENCES contents,
-    is_pinned INTEGER NOT NULL DEFAULT 0,
-    is_from_folder INTEGER NOT NULL,  -- created by the watched folder, and goes with it
-    created_at REAL NOT NULL,
-    UNIQUE (owner, name)
-);
-CREATE TABLE versions (
-    adapter INTEGER NOT NULL REFERENCES adapters ON DELETE CASCADE,
-    digest TEXT NOT NULL REFERENCES contents,
-    number INTEGER NOT NULL,  -- grows with every publication of the adapter
-    published_at REAL NOT NULL,
-    PRIMARY KEY (adapter, digest)
-) WITHOUT ROWID;
-CREATE INDEX versions_by_digest ON versions (digest);
-CREATE TABLE folders (name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) WITHOUT ROWID;
-PRAGMA user_version = 1;
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,10 +75,10 @@ class AdapterStore:
                 undo.callback(self._owner.release)
                 self._files = FactorFiles(folder)
                 self._files.clear_incoming()
-                self._database = _connect(folder)
+                self._database = connect(folder)
                 undo.callback(self._database.close)
                 self._prepare()
-                self._opened = _registry_in(folder).stat()
+                self._opened = registry_in(folder).stat()
                 undo.pop_all()
         except Timeout:
             raise ConfigurationError(
@@ -178,7 +145,8 @@ class AdapterStore:
             now = time.time()
             manifest = incoming.move_in()
             database.execute(
-                "INSERT OR IGNORE INTO contents VALUES (?, ?, ?)",
+                "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE "
+                "SET manifest = excluded.manifest, summary = excluded.summary",  # mends damage
                 (adapter.digest, manifest.to_json(), summary.to_json()),
             )
             database.executemany(
@@ -283,7 +251,7 @@ class AdapterStore:
         database.execute("BEGIN IMMEDIATE")  # refused if the registry may only be read
         found = database.execute("PRAGMA user_version").fetchone()[0]
         if found == 0:
-            for statement in _SCHEMA.split(";\n"):
+            for statement in SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute("INSERT INTO base VALUES (?, ?)", (self._layout.name, layout))
         elif found != 1:
@@ -314,7 +282,7 @@ class AdapterStore:
             try:
                 self._database.execute("BEGIN IMMEDIATE")
                 # SQLite would go on writing to a file that was deleted.
-                if not samestat(_registry_in(self._folder).stat(), self._opened):
+                if not samestat(registry_in(self._folder).stat(), self._opened):
                     raise OSError(errno.ESTALE, "its folder was replaced while it was open")
                 yield self._database
                 self._database.execute("COMMIT")
@@ -324,68 +292,6 @@ class AdapterStore:
                 if isinstance(error, sqlite3.Error | OSError):
                     raise not_written(error) from None
                 raise
-
-
-def verify_store(folder: Path, on_content: Callable[[int, int], None]) -> list[str]:
-    """Check every digest of a store, which a server may have open, and return what is wrong.
-
-    on_content(done, total) is called after each version. Changes nothing. Raises
-    ConfigurationError if there is no store in the folder.
-    """
-    if not _registry_in(folder).is_file():
-        raise ConfigurationError(f"store = {str(folder)!r}: there is no store in that folder")
-    files = FactorFiles(folder)
-    try:
-        with closing(_connect(folder, is_read_only=True)) as database:
-            problems = _problems_with_contents(database, files, on_content)
-    except sqlite3.Error as error:
-        problems = [f"registry: {error}"]
-    return problems + files.damaged()
-
-
-def _problems_with_contents(
-    database: sqlite3.Connection, files: FactorFiles, on_content: Callable[[int, int], None]
-) -> list[str]:
-    problems = [
-        f"registry: {row[0]}"
-        for row in database.execute("PRAGMA integrity_check").fetchall()
-        if row[0] != "ok"
-    ]
-    contents = database.execute("SELECT digest, manifest FROM contents").fetchall()
-    for index, (digest, manifest) in enumerate(contents):
-        try:
-            files.read(digest, Manifest.from_json(manifest))
-        except StorageError as error:
-            names = database.execute(
-                "SELECT owner, name FROM versions JOIN adapters ON id = adapter "
-                "WHERE digest = ? ORDER BY owner, name",
-                (digest,),
-            ).fetchall()
-            is_there = "SELECT 1 FROM contents WHERE digest = ?"  # or was collected meanwhile
-            if names or database.execute(is_there, (digest,)).fetchone():
-                used_by = ", ".join(AdapterName(o or None, n).text for o, n in names)
-                problems.append(f"{error.message} (version of: {used_by or 'no adapter'})")
-        on_content(index + 1, len(contents))
-    return problems
-
-
-def _registry_in(folder: Path) -> Path:
-    return folder / "registry.sqlite3"
-
-
-def _connect(folder: Path, *, is_read_only: bool = False) -> sqlite3.Connection:
-    database = sqlite3.connect(
-        f"{_registry_in(folder).resolve().as_uri()}?mode={'ro' if is_read_only else 'rwc'}",
-        uri=True,
-        timeout=30.0,
-        isolation_level=None,
-        check_same_thread=False,
-    )
-    if not is_read_only:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute("PRAGMA foreign_keys = ON")
-    return database
 
 
 def _key(name: AdapterName) -> tuple[str, str]:

@@ -33,8 +33,9 @@ _MAX_DEPTH = 16  # parts of a name
 _MAX_DEPTH_READ = 3  # an archived folder, PEFT's folder of the adapter's name, the file itself
 _MAX_DIRECTORY_BYTES = 256 * 1024  # of a .zip
 _MAX_HEADER_BYTES = 160 * 1024  # of a .tar: half a KiB or more for each member
-_MAX_EXTENDED_HEADER_BYTES = 4 * 1024  # Python 3.11.7 reads one in a time that grows as its square
+_MAX_EXTENDED_HEADER_BYTES = 2 * 1024  # before 3.11.10, Python takes the square of it in time
 
+_MIN_HEADER_BYTES = 30  # of a .zip's member
 _ENCRYPTED = 0x41  # the flags of a .zip's member for its two kinds of encryption
 _EXTENDED_HEADERS = frozenset(
     {
@@ -68,7 +69,8 @@ def unpack(upload: BinaryIO, folder: Path, *, max_bytes: int) -> Path:
 
     upload is seekable and holds a .safetensors file, or a .zip or .tar.gz of an adapter's folder
     or of what is in it; which one is told from its content. folder exists and is empty. At most
-    max_bytes are written, and of a .tar.gz at most as many are inflated. Weights that cannot be
+    max_bytes are written; of a .tar.gz not many more are inflated, what is not needed included.
+    Weights that cannot be
     read, such as pickles, become empty files of their names, so that read_adapter can name them.
 
     Raises AdapterInvalidError with the reason and the way out, OSError when files cannot be read
@@ -77,22 +79,22 @@ def unpack(upload: BinaryIO, folder: Path, *, max_bytes: int) -> Path:
     upload.seek(0)
     head = upload.read(9)
     upload.seek(0)
+    what = "the upload"
     target = _Target(folder / "upload", max_bytes)
     try:
         # A header begins with its length and "{", which neither archive has there.
         if head[8:] == b"{":
-            kind = ".safetensors file"
+            what = "the .safetensors file"
             path = folder / "upload.safetensors"
             target.write(path, upload)
             return path
         if head.startswith(b"PK\3\4"):
-            kind = ".zip"
+            what = "the .zip"
             _unpack_zip(upload, target)
         elif head.startswith(b"\x1f\x8b"):
-            kind = ".tar.gz"
+            what = "the .tar.gz"
             _unpack_tar(upload, target, max_bytes)
         else:
-            kind = "adapter"
             raise AdapterInvalidError(f"it {_what_starts_with(head)}; {_SEND}")
         return target.adapter_folder()
     except AdapterInvalidError as error:
@@ -103,7 +105,7 @@ def unpack(upload: BinaryIO, folder: Path, *, max_bytes: int) -> Path:
         reason = f"it is damaged; {_PACK_AGAIN}"
     except _DAMAGE as error:
         reason = f"it is damaged ({shown(str(error))}); {_PACK_AGAIN}"
-    raise AdapterInvalidError(f"the upload cannot be taken as a {kind}: {reason}", param="file")
+    raise AdapterInvalidError(f"{what} cannot be taken: {reason}", param="file")
 
 
 def _what_starts_with(head: bytes) -> str:
@@ -265,15 +267,19 @@ def _unpack_zip(upload: BinaryIO, target: _Target) -> None:
         end = upload.read(end_bytes)
         if not end.startswith(b"PK\5\6") or int.from_bytes(end[20:22], "little") != end_bytes - 22:
             raise AdapterInvalidError(f"something follows its end, or that is cut; {_PACK_AGAIN}")
-        if members and min(member.header_offset for member in members) != 0:
+        members.sort(key=lambda member: member.header_offset)
+        if members and members[0].header_offset != 0:
             raise AdapterInvalidError(f"something stands before its first member; {_PACK_AGAIN}")
-        for member in members:
+        ends_at = [*(member.header_offset for member in members[1:]), archive.start_dir]
+        for member, end_at in zip(members, ends_at, strict=False):
             name = member.orig_filename
             kind = stat.S_IFMT(member.external_attr >> 16)
             if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
                 raise _refused(name, "is a link or a device, and only files are taken")
             if member.flag_bits & _ENCRYPTED:
                 raise _refused(name, "is encrypted")
+            if member.header_offset + _MIN_HEADER_BYTES + member.compress_size > end_at:
+                raise _refused(name, "reaches into the next")
             is_folder = name.endswith("/")
             if kind and stat.S_ISDIR(kind) != is_folder:
                 raise _refused(name, "is both a file and a folder")
@@ -298,7 +304,7 @@ class _TarMember(tarfile.TarInfo):
         if member.type in _EXTENDED_HEADERS and member.size > _MAX_EXTENDED_HEADER_BYTES:
             raise AdapterInvalidError(
                 f"a member's name and attributes take more than {_MAX_EXTENDED_HEADER_BYTES} "
-                f"bytes; {_PACK_AGAIN}"
+                f"bytes; {_PACK_AGAIN}, without extended attributes"
             )
         return member
 
@@ -359,6 +365,8 @@ def _unpack_tar(upload: BinaryIO, target: _Target, max_bytes: int) -> None:
                 raise _refused(member.name, "is a link, a device or sparse; only files are taken")
             if member.isreg():  # a folder's size says nothing
                 stream.allowed += -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            if member.size < 0:
+                raise _refused(member.name, "has less than no bytes")
             path = target.place(member.name, is_folder=member.isdir())
             if path is not None:
                 content = archive.extractfile(member)

@@ -2,7 +2,7 @@
 
 sharelora-serve serve      one base and its adapters over HTTP
 sharelora-serve chat       talk to a model of a running server
-sharelora-serve adapters   list, inspect, convert and export adapters
+sharelora-serve adapters   of a running server, of files and of a store
 sharelora-serve keys       create, list and revoke API keys
 """
 
@@ -12,18 +12,25 @@ from sharelora_serve import __version__
 from sharelora_serve.cli.adapters import adapters
 from sharelora_serve.cli.chat import chat
 from sharelora_serve.cli.keys import keys
+from sharelora_serve.cli.published import published
 from sharelora_serve.cli.serve import serve
 
 app = typer.Typer(
     name="sharelora-serve",
     no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # rich's tables cut long option names, values and texts
     pretty_exceptions_enable=False,  # a traceback is a bug of ours: show it as it is
     help="Serve one base language model and thousands of ShareLoRA adapters of it.",
 )
 app.command()(serve)
 app.command()(chat)
-app.add_typer(adapters, name="adapters")
+all_adapters = typer.Typer(
+    no_args_is_help=True, help="List, publish, inspect, convert and check adapters."
+)
+all_adapters.add_typer(published)
+all_adapters.add_typer(adapters)
+app.add_typer(all_adapters, name="adapters")
 app.add_typer(keys, name="keys")
 
 

@@ -1,4 +1,4 @@
-"""The commands adapters list, inspect, convert and export."""
+"""The commands on adapters of this machine: adapters inspect, convert, export and verify."""
 
 import json
 from collections.abc import Callable, Iterable
@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
-from rich.console import Console
+from rich.progress import MofNCompleteColumn
 from rich.table import Table
 
-from sharelora_serve.cli.chat import DEFAULT_URL, ApiKey, Url, check, connect
 from sharelora_serve.cli.failure import one_message
+from sharelora_serve.cli.output import NUM_DIGEST_CHARACTERS, named_values, progress_bar, show
 from sharelora_serve.config import (
     EMBEDDED_MODEL_NAME,
     ServeConfig,
@@ -22,14 +22,12 @@ from sharelora_serve.config import (
 )
 from sharelora_serve.errors import ServeError
 
-if TYPE_CHECKING:  # slow imports, which --help and list need not wait for
+if TYPE_CHECKING:  # slow imports, which --help need not wait for
     from sharelora_serve.adapters.adapter import Adapter
     from sharelora_serve.adapters.layout import BaseLayout
     from sharelora_serve.adapters.summary import AdapterSummary
 
-_NUM_DIGEST_CHARACTERS = 12  # in tables of several adapters
-
-adapters = typer.Typer(no_args_is_help=True, help="List, inspect, convert and export adapters.")
+adapters = typer.Typer()
 
 Model = Annotated[
     str | None,
@@ -61,21 +59,6 @@ class Form(StrEnum):
     PEFT = "peft"
 
 
-@adapters.command("list")
-def list_adapters(url: Url = DEFAULT_URL, api_key: ApiKey = None) -> None:
-    """List the adapters of a running server."""
-    with one_message():
-        with connect(url, api_key) as client:
-            models = check(client.get("/v1/models")).json()["data"]
-        table = Table(box=box.SIMPLE_HEAD)
-        for heading in ("Adapter", "Base", "Root"):
-            table.add_column(heading, overflow="fold")
-        for model in models:
-            if model.get("parent") is not None:
-                table.add_row(model["id"], model["parent"], model.get("root"))
-        _show(table if table.row_count else f"{url} serves no adapters, only its base.")
-
-
 @adapters.command("inspect")
 def inspect_adapters(
     paths: Annotated[
@@ -90,9 +73,10 @@ def inspect_adapters(
         bool, typer.Option("--json", help="Print one JSON object, with sizes in bytes.")
     ] = False,
 ) -> None:
-    """Show what adapters are made of, as found in their bytes, and whether a base can serve them.
+    """Show what adapters are made of and whether a base serves them.
 
-    Ends with exit code 2 if one of them cannot be served; the others are shown all the same.
+    All is found in their bytes. Ends with exit code 2 if one of them cannot be served; the others
+    are shown all the same.
     """
     with one_message():
         layout = _layout(model)
@@ -104,13 +88,13 @@ def inspect_adapters(
             except ServeError as error:
                 problems.append(error.message)
         if as_json:
-            _show(json.dumps(together.as_json(), indent=2))
+            show(json.dumps(together.as_json(), indent=2))
         elif len(paths) == 1:
             for report in together.reports:
-                _show(_one(report, layout.name))
+                show(_one(report, layout.name))
         elif together.reports:
-            _show(_row_table(together.reports))
-            _show(_all_together(together))
+            show(_row_table(together.reports))
+            show(_all_together(together))
         if problems:
             raise ServeError("\n".join(problems))
 
@@ -128,7 +112,7 @@ def convert_adapter(
     ],
     model: Model = None,
 ) -> None:
-    """Write an adapter in another form; it stays the same adapter, with the same digest."""
+    """Write an adapter in another form; its digest stays the same."""
     from sharelora_serve.adapters.writer import write_compact, write_peft
 
     _convert(source, target, model, write_compact if to is Form.COMPACT else write_peft)
@@ -142,6 +126,44 @@ def export_adapter(source: Source, target: Target, model: Model = None) -> None:
     _convert(source, target, model, write_peft)
 
 
+@adapters.command("verify")
+def verify_adapters(
+    store: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of what was published, such as /var/lib/sharelora; without it the one "
+            "that a server of the base uses. A server may have it open.",
+            envvar=environment_variable("store"),
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="Base whose store is meant where --store is not given, as a server's --model, "
+            f"such as ./llama; without it the embedded {EMBEDDED_MODEL_NAME}.",
+            envvar=environment_variable("model"),
+        ),
+    ] = None,
+) -> None:
+    """Check every digest in a server's store, and change nothing.
+
+    Ends with exit code 1 if anything is wrong, and a line for each of that.
+    """
+    from sharelora_serve.adapters.verify import verify_store
+
+    with one_message():
+        folder = ServeConfig(model=model, store=store).store_folder
+        with progress_bar(MofNCompleteColumn()) as progress:
+            task = progress.add_task("Checking versions", total=0)
+            problems = verify_store(
+                folder, lambda done, total: progress.update(task, completed=done, total=total)
+            )
+        if problems:
+            show("\n".join(problems))
+            raise typer.Exit(1)
+        show(f"{folder}: {progress.tasks[task].completed:.0f} versions, every digest is right")
+
+
 def _convert(
     source: Path,
     target: Path,
@@ -153,7 +175,7 @@ def _convert(
         adapter = _read(source, layout)
         write(adapter, layout, target)
         before, after = _num_bytes(source), _num_bytes(target)
-        _show(f"Wrote {target}: {format_bytes(after)}, was {format_bytes(before)}.")
+        show(f"Wrote {target}: {format_bytes(after)}, was {format_bytes(before)}.")
 
 
 def _layout(model: str | None) -> "BaseLayout":
@@ -256,7 +278,7 @@ class _Together:
 
 def _one(report: _Report, base: str) -> str:
     summary = report.summary
-    return _pairs(
+    return named_values(
         ("adapter", report.name),
         ("digest", report.digest),
         ("base", f"{base} (fits)"),
@@ -286,13 +308,13 @@ def _row_table(reports: Iterable[_Report]) -> Table:
             str(summary.num_layers),
             format_bytes(summary.stored_bytes),
             format_bytes(summary.expanded_bytes),
-            report.digest[:_NUM_DIGEST_CHARACTERS],
+            report.digest[:NUM_DIGEST_CHARACTERS],
         )
     return table
 
 
 def _all_together(together: _Together) -> str:
-    return _pairs(
+    return named_values(
         ("adapters that fit", f"{len(together.reports)} of base {together.base}"),
         ("distinct A", str(len(together.a))),
         ("distinct B", str(len(together.b))),
@@ -303,16 +325,5 @@ def _all_together(together: _Together) -> str:
     )
 
 
-def _pairs(*rows: tuple[str, str]) -> str:
-    """One line for each; never broken, so that a digest can be copied."""
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
-
-
 def _ranks(summary: "AdapterSummary") -> str:
     return ", ".join(map(str, summary.ranks))
-
-
-def _show(what: Table | str) -> None:
-    """Print to standard output; markup in names and paths stays text."""
-    Console(markup=False, highlight=False).print(what, soft_wrap=isinstance(what, str))

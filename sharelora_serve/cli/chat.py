@@ -1,7 +1,6 @@
 """The command chat: talk to one model of a running server, streamed."""
 
 import json
-import re
 import sys
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -10,26 +9,9 @@ import httpx
 import typer
 from rich.console import Console
 
+from sharelora_serve.cli.connection import DEFAULT_URL, ApiKey, Url, check, connect
 from sharelora_serve.cli.failure import one_message
 from sharelora_serve.errors import ServeError
-
-DEFAULT_URL = "http://127.0.0.1:8000"
-
-Url = Annotated[
-    str,
-    typer.Option(
-        help="Address of the running server, such as http://127.0.0.1:8000.",
-        envvar="SHARELORA_URL",
-    ),
-]
-ApiKey = Annotated[
-    str | None,
-    typer.Option(
-        help="API key, as 'keys create' printed it, such as slk_...; without it the server must "
-        "be one without keys.",
-        envvar="SHARELORA_API_KEY",
-    ),
-]
 
 
 def chat(
@@ -74,36 +56,6 @@ def chat(
             messages.append({"role": "user", "content": line})
             answer = _show(console, stream_answer(client, {**request, "messages": messages}))
             messages.append({"role": "assistant", "content": answer})
-
-
-def connect(url: str, api_key: str | None) -> httpx.Client:
-    """A client of the server at url, with or without a trailing /v1; it waits for slow answers.
-
-    Raises ServeError if the key is not one that a header can carry.
-    """
-    base_url = url.rstrip("/").removesuffix("/v1")
-    headers = {}
-    if api_key is not None:
-        # Checked here, since httpx would show the header that it refuses.
-        if not re.fullmatch(r"[!-~]+", api_key):
-            raise ServeError(
-                "the API key is empty, or has blanks, line ends or other characters that no key "
-                "has; give it as 'sharelora-serve keys create' printed it"
-            )
-        headers["authorization"] = f"Bearer {api_key}"
-    return httpx.Client(base_url=base_url, headers=headers, timeout=httpx.Timeout(10.0, read=None))
-
-
-def check(response: httpx.Response) -> httpx.Response:
-    """The response, if it is not an error; else ServeError with the server's own message."""
-    if response.is_error:
-        response.read()
-        try:
-            message = response.json()["error"]["message"]
-        except (ValueError, KeyError, TypeError):  # not our server, or something before it
-            message = f"{response.url} answered {response.status_code}: {response.text[:200]}"
-        raise ServeError(message)
-    return response
 
 
 def stream_answer(client: httpx.Client, request: dict[str, Any]) -> Iterator[str]:

@@ -4,8 +4,10 @@ import asyncio
 import inspect
 import ipaddress
 import logging
+import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
@@ -25,18 +27,23 @@ from sharelora_serve.config import (
 )
 from sharelora_serve.errors import ConfigurationError, EngineStoppedError
 from sharelora_serve.server.keys import read_keys
+from sharelora_serve.server.logs import configure_logging
 
 if TYPE_CHECKING:
     from sharelora_serve.engine.engine import Engine  # slow to import
+    from sharelora_serve.server.drain import Drain
 
 logger = logging.getLogger(__name__)
 
-GRACE_SECONDS = 8.0
-"""How long running requests may go on after a signal: Docker kills a container after 10 seconds."""
+LAST_SECONDS = 1.0
+"""How long clients whose requests failed at the end of the drain may take to read that."""
+
+ECHO_SECONDS = 0.2
+"""Signals closer together are one: make and timeout pass on what the whole group has had."""
 
 
 def serve(**settings: str | bool | None) -> None:
-    """Serve a base model and its adapters over HTTP, with OpenAI's API.
+    """Serve a base model and its adapters with OpenAI's HTTP API.
 
     A setting comes from its option, else from its environment variable, else from its default.
     """
@@ -46,15 +53,15 @@ def serve(**settings: str | bool | None) -> None:
     try:
         with one_message():
             given = {name: value for name, value in settings.items() if value is not None}
-            _run(ServeConfig(**given), console)
+            config = ServeConfig(**given)
+            console.quiet = config.log_format == "json"  # nothing but one object a line
+            _run(config, console)
     except KeyboardInterrupt:
         console.print("Stopped.")
 
 
 def _run(config: ServeConfig, console: Console) -> None:
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure_logging(config.log_level, config.log_format)
     # Before loading: a bad file of keys and a taken port are told at once.
     if config.api_keys is not None:
         read_keys(config.api_keys)
@@ -63,6 +70,7 @@ def _run(config: ServeConfig, console: Console) -> None:
     with console.status(f"Loading {escape(config.base_name)}"):
         from sharelora_serve.engine.load import load_engine
         from sharelora_serve.server.app import create_app
+    configure_logging(config.log_level, config.log_format)
     loaded = load_engine(config, console)
     application = create_app(loaded, config)
     server = _Server(
@@ -73,7 +81,8 @@ def _run(config: ServeConfig, console: Console) -> None:
             access_log=config.log_level == "debug",
         ),
         loaded.engine,
-        lambda: console.print(_announcement(config, listener), highlight=False, soft_wrap=True),
+        application.state.drain,
+        lambda: _announce(config, listener, console),
     )
     if config.api_keys is None:
         _say_that_there_are_no_keys(config, listener)
@@ -82,12 +91,21 @@ def _run(config: ServeConfig, console: Console) -> None:
         raise EngineStoppedError("the server did not start; its log says why")
 
 
-def _announcement(config: ServeConfig, listener: socket.socket) -> str:
+def _announce(config: ServeConfig, listener: socket.socket, console: Console) -> None:
     host, port = listener.getsockname()[:2]
     host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)
     url = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    if console.quiet:
+        adapters = str(config.adapters) if config.adapters else None
+        fields = {"model": config.base_name, "adapters": adapters, "url": url}
+        logger.info("serving", extra=fields)
+        return
     adapters = f" and the adapters in {escape(str(config.adapters))}" if config.adapters else ""
-    return f"Serving [bold]{escape(config.base_name)}[/bold]{adapters} at [bold]{url}[/bold]"
+    console.print(
+        f"Serving [bold]{escape(config.base_name)}[/bold]{adapters} at [bold]{url}[/bold]",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def _say_that_there_are_no_keys(config: ServeConfig, listener: socket.socket) -> None:
@@ -104,27 +122,52 @@ def _say_that_there_are_no_keys(config: ServeConfig, listener: socket.socket) ->
 
 
 class _Server(uvicorn.Server):
-    """Calls announce once requests are accepted, and does not wait for ever when it is stopped."""
+    """Calls announce once requests are accepted; at a signal drains before it closes the port."""
 
     def __init__(
-        self, config: uvicorn.Config, engine: "Engine", announce: Callable[[], None]
+        self,
+        config: uvicorn.Config,
+        engine: "Engine",
+        drain: "Drain",
+        announce: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self._engine = engine
+        self._drain = drain
         self._announce = announce
+        self._signalled_at: float | None = None  # time.monotonic()
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         if self.started:
             self._announce()
 
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if self._signalled_at is None:
+            self._signalled_at = now
+            super().handle_exit(sig, frame)
+        elif now - self._signalled_at > ECHO_SECONDS:
+            # Not the signal's default action, which the first process of a container does not have.
+            os._exit(128 + sig)
+
+    async def on_tick(self, counter: int) -> bool:
+        is_signalled = await super().on_tick(counter)
+        if is_signalled and not self._drain.has_begun:
+            self._drain.begin()
+        return self._drain.is_over
+
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Running requests may finish; those that take longer fail with the engine, so that their
-        # clients are told. uvicorn's own time limit would only cut their connections.
-        loop = asyncio.get_running_loop()
-        stop = loop.call_later(GRACE_SECONDS, lambda: loop.run_in_executor(None, self._engine.stop))
+        # Whatever has not ended by now fails with the engine, so that its client is told.
+        await asyncio.to_thread(self._engine.stop)
+        cut = asyncio.get_running_loop().call_later(LAST_SECONDS, self._cut_connections)
         await super().shutdown(sockets)
-        stop.cancel()
+        cut.cancel()
+
+    def _cut_connections(self) -> None:
+        """Leave clients that neither read nor send: uvicorn would wait for them for ever."""
+        for connection in list(self.server_state.connections):
+            connection.transport.abort()
 
 
 def _bind(host: str, port: int) -> socket.socket:

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from sharelora_serve.adapters.cache import AdapterCache
 from sharelora_serve.engine.kv_cache import KVCache
+from sharelora_serve.engine.merger import Merger
 from sharelora_serve.engine.request import (
     FinishReason,
     Request,
@@ -47,6 +49,9 @@ class EngineStats:
     prefix_cache_queries_tokens: int
     num_preemptions: int
     num_steps: int
+    num_merges: int
+    num_unmerges: int
+    merged_adapter: str | None = None  # its name
 
 
 class Engine:
@@ -72,6 +77,7 @@ class Engine:
         scheduler: Scheduler,
         runner: Runner,
         sampler: Sampler,
+        merger: Merger | None,
         prepare_thread: Callable[[], None],
         wake: threading.Event,
         close: Callable[[], None],
@@ -79,6 +85,7 @@ class Engine:
         """Assemble an engine; `load_engine` makes the parts.
 
         close           called last, when the engine is stopped
+        merger          None unless adapters are merged by traffic
         wake            set whenever there may be work: by the adapter cache, and by submit
         prepare_thread  called first on the engine's thread
         """
@@ -94,6 +101,7 @@ class Engine:
         self._scheduler = scheduler
         self._runner = runner
         self._sampler = sampler
+        self._merger = merger
         self._prepare_thread = prepare_thread
         self._wake = wake
         self._close = close
@@ -118,6 +126,8 @@ class Engine:
         self._wake.set()
         if self._thread.is_alive():
             self._thread.join()
+        if self._merger is not None:
+            self._merger.close()
         self._close()
 
     @property
@@ -164,6 +174,7 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """The figures of this moment."""
+        merged = self._runner.merged
         return EngineStats(
             num_running=self._scheduler.num_running,
             num_waiting=self._num_waiting,
@@ -174,6 +185,9 @@ class Engine:
             prefix_cache_queries_tokens=self._kv_cache.num_queried_tokens,
             num_preemptions=self._scheduler.num_preemptions,
             num_steps=self._num_steps,
+            num_merges=self._merger.num_merges if self._merger is not None else 0,
+            num_unmerges=self._merger.num_unmerges if self._merger is not None else 0,
+            merged_adapter=merged.name if merged is not None else None,
         )
 
     @property
@@ -217,6 +231,11 @@ class Engine:
     def _step(self) -> bool:
         """Run one batch; False when there is nothing to run."""
         batch = self._scheduler.schedule()
+        if self._merger is not None:
+            scheduled = batch.scheduled if batch is not None else []
+            lacks_room = self._scheduler.lacks_room
+            if self._merger.tend(scheduled, time.monotonic(), lacks_room=lacks_room):
+                self._wake.set()
         if batch is None:
             return False
         for failed in batch.failed:

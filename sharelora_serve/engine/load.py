@@ -3,6 +3,7 @@
 import logging
 import platform
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,6 +29,8 @@ from sharelora_serve.config import ServeConfig
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.merge import fold_adapter
+from sharelora_serve.engine.merge_policy import MergePolicy
+from sharelora_serve.engine.merger import Merger
 from sharelora_serve.engine.request import Request, RequestOutput, SamplingParams
 from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.sampler import Sampler
@@ -39,7 +42,7 @@ from sharelora_serve.kernels.interface import Kernels
 from sharelora_serve.kernels.reference import ReferenceKernels
 from sharelora_serve.models.config import ModelConfig, load_model_config
 from sharelora_serve.models.decoder import Decoder
-from sharelora_serve.models.loader import load_weights
+from sharelora_serve.models.loader import ModelWeights, fold_weights, load_weights
 from sharelora_serve.models.source import base_folder
 
 logger = logging.getLogger(__name__)
@@ -108,7 +111,7 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Loaded:
 
     try:
         # First: what the others may take is what it leaves.
-        merged = _merge(config.merge, registry, watched, adapters, pool, wake)
+        merged = _merge(config.merged_adapter, registry, watched, adapters, pool, wake)
         if watched is not None:
             _publish_folder(watched, console)
             watched.start()
@@ -141,6 +144,28 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Loaded:
         raise
     folded = None if merged is None else (merged.version, merged.pages)
     runner = Runner(decoder, pool.arena, folded, device)
+    merger = None
+    if config.merge == "auto":
+
+        def fold(adapter: Adapter, is_wanted: Callable[[], bool]) -> ModelWeights | None:
+            return fold_weights(
+                weights,
+                model,
+                dtype,
+                kernels,
+                device=device,
+                modules={module for _, module in adapter.pairs},
+                fold=fold_adapter(adapter, dtype),
+                is_wanted=is_wanted,
+            )
+
+        merger = Merger(
+            runner,
+            weights,
+            adapters,
+            MergePolicy(),
+            fold_weights=fold,
+        )
     eos_token_ids = _eos_token_ids(folder, model, tokenizer)
     logger.info(
         "base %s: %s, kernels %s, %s on %s, context %d, KV cache %d tokens",
@@ -177,6 +202,7 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Loaded:
         ),
         runner=runner,
         sampler=Sampler(model.vocab_size, eos_token_ids, device),
+        merger=merger,
         prepare_thread=prepare_thread,
         wake=wake,
         close=close,
@@ -261,7 +287,7 @@ def _publish_folder(folder: AdapterFolder, console: Console) -> None:
 
 
 def _merge(
-    name: str,
+    name: str | None,
     registry: AdapterRegistry,
     folder: AdapterFolder | None,
     adapters: AdapterCache,
@@ -269,7 +295,7 @@ def _merge(
     wake: threading.Event,
 ) -> _Merged | None:
     """Keep the adapter that --merge names on the device for good."""
-    if name == "off":
+    if name is None:
         return None
     if folder is not None and name in folder.names():
         folder.publish(name)
@@ -278,9 +304,10 @@ def _merge(
         version = registry.find(*[parsed] if parsed is not None else []).version
     except ModelNotFoundError:
         there = [published.name.text for published in registry.adapters()]
+        there += [] if folder is None else set(folder.names()) - {name, *there}
         raise ConfigurationError(
             f"merge = {name!r}: there is no such adapter that can be served; there are: "
-            f"{', '.join(there[:20]) or 'none'}"
+            f"{', '.join(sorted(there)[:20]) or 'none'}"
         ) from None
     adapter = adapters.adapter(version)
     while True:

@@ -25,7 +25,8 @@ def fold_adapter(adapter: Adapter, dtype: torch.dtype) -> Fold:
         pair = adapter.pairs.get((layer, module))
         if pair is None:
             return weight
-        folded = weight + pair.scaling * (pair.b.to(dtype).float() @ pair.a.to(dtype).float())
+        a, b = (factor.to(weight.device, dtype).float() for factor in (pair.a, pair.b))
+        folded = weight + pair.scaling * (b @ a)
         growth = float(folded.norm() / weight.norm())
         if not growth <= limit:
             finer = "" if dtype == torch.float32 else "with --dtype float32 or "

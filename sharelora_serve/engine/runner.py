@@ -14,6 +14,7 @@ from sharelora_serve.engine.request import Request
 from sharelora_serve.engine.scheduler import ScheduledRequest
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
 from sharelora_serve.models.decoder import Decoder
+from sharelora_serve.models.loader import ModelWeights
 
 # Query rows that one task of attention holds in registers and caches, over its grouped heads.
 _TASK_ROWS = 24
@@ -45,6 +46,19 @@ class Runner:
         self._tables: list[PageTable] = []  # those of the last batch, and what they packed to
         self._packed: AdapterBatch | None = None
         self._subtracted: dict[str | None, tuple[PageTable | None, PageTable]] = {}
+
+    @property
+    def merged(self) -> AdapterVersion | None:
+        """The version that is folded into the weights."""
+        return self._merged[0] if self._merged is not None else None
+
+    def exchange(
+        self, weights: ModelWeights, merged: tuple[AdapterVersion, PageTable] | None
+    ) -> None:
+        """Compute the next steps with other weights; merged is what is folded into those."""
+        self._decoder.weights = weights
+        self._merged = merged
+        self._subtracted.clear()
 
     def run(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Tensor, list[slice]]:
         """Logits of a batch, and for each scheduled request its rows among them.

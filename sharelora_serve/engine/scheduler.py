@@ -130,6 +130,7 @@ class Scheduler:
         self._asked: dict[str, AdapterVersion] = {}  # by key: waited for or prefetched
         self._num_arrived = 0
         self.num_preemptions = 0  # since the start
+        self.lacks_room = False  # whether the last step had no room for some request's adapter
 
     @property
     def num_waiting(self) -> int:
@@ -265,6 +266,7 @@ class Scheduler:
             self._waiting.remove(entry)
             insort(self._running, entry, key=_order)
             num_tokens_left -= self._start(request, num_tokens_left, batch)
+        self.lacks_room = Waiting.NO_ROOM in asked.values()
         self._load_ahead(asked)
 
     def _acquire(self, version: AdapterVersion) -> PageTable | Waiting:

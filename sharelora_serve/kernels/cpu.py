@@ -17,7 +17,7 @@ from sharelora_serve.kernels.attention import attend
 from sharelora_serve.kernels.batch import BLOCK_SIZE, AdapterBatch, AttentionBatch
 from sharelora_serve.kernels.elementwise import add_and_norm, embed, silu_and_multiply
 from sharelora_serve.kernels.layers import Buffers, LayerWeights
-from sharelora_serve.kernels.product import pack, product
+from sharelora_serve.kernels.product import pack, product, unpack
 from sharelora_serve.kernels.tiles import LANES
 
 _NO_BIAS = np.empty(0, np.float32)
@@ -142,6 +142,10 @@ class CpuKernels:
     def pack(self, weight: Tensor, to: Any) -> None:
         """Lay a weight (out, in), in its stored dtype, out for `linear` and `embed`."""
         pack(stored(weight.contiguous()), to)
+
+    def unpack(self, packed: Any, out_features: int, dtype: torch.dtype) -> Tensor:
+        """The weight (out_features, in) that `pack` laid out, in its stored dtype."""
+        return torch.from_numpy(unpack(packed, out_features)).view(dtype)
 
     def linear(self, x: Tensor, weight: Any, out: Tensor) -> None:
         """out[:, :out_features] = x W^T; `out` is as wide as whole blocks of outputs."""

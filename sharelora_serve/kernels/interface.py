@@ -29,6 +29,9 @@ class Kernels(Protocol):
     def pack(self, weight: Tensor, to: Any) -> None:
         """Store a weight (out, in), in its stored dtype, in one layer's room."""
 
+    def unpack(self, packed: Any, out_features: int, dtype: torch.dtype) -> Tensor:
+        """The weight (out_features, in) that was packed, in its stored dtype."""
+
     def linear(self, x: Tensor, weight: Any, out: Tensor) -> None:
         """out[:, :out_features] = x W^T; `out` may be wider, by less than a block."""
 

@@ -160,3 +160,8 @@ def pack(weight: np.ndarray[Any, Any], to: np.ndarray[Any, Any]) -> None:
     padded = np.zeros((blocks * LANES, inputs), weight.dtype)
     padded[:outputs] = weight
     to[...] = padded.reshape(blocks, LANES, inputs).transpose(0, 2, 1)
+
+
+def unpack(packed: np.ndarray[Any, Any], outputs: int) -> np.ndarray[Any, Any]:
+    """The stored weight (out, in) that `pack` laid out."""
+    return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[:outputs]

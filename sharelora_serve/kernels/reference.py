@@ -41,6 +41,13 @@ class ReferenceKernels:
         """Store a weight (out, in) as it is."""
         to.copy_(weight)
 
+    def unpack(self, packed: Any, out_features: int, dtype: torch.dtype) -> Tensor:
+        """The stored weight itself, not a copy."""
+        assert packed.shape[0] == out_features, "a weight has other outputs than it was packed with"
+        assert packed.dtype == dtype, "a weight has another dtype than it was packed with"
+        weight: Tensor = packed
+        return weight
+
     def linear(self, x: Tensor, weight: Any, out: Tensor) -> None:
         """out[:, :out_features] = x W^T; `out` may be wider."""
         out[:, : weight.shape[0]] = torch.nn.functional.linear(x, weight.to(x.dtype))

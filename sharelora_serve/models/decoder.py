@@ -15,6 +15,7 @@ _PADDING = 16  # outputs of a packed block: products write whole ones
 class Decoder:
     """A base with its KV cache. `forward` is the only thing that runs while serving.
 
+    weights       what the next `forward` computes with; may be exchanged between two of them
     kv_blocks     blocks of the KV cache, in every layer
     max_tokens    rows of the largest batch
     """
@@ -31,7 +32,7 @@ class Decoder:
         max_tokens: int,
     ) -> None:
         self.config = config
-        self._weights = weights
+        self.weights = weights
         self._kernels = kernels
         self._kv_cache = kernels.make_kv_cache(
             config.num_layers, kv_blocks, config.num_kv_heads, config.head_dim, dtype, device
@@ -67,7 +68,7 @@ class Decoder:
 
         Returns logits (num_logits, vocab_size) float32.
         """
-        kernels, config, weights = self._kernels, self.config, self._weights
+        kernels, config, weights = self._kernels, self.config, self.weights
         buffers = self._buffers.rows(len(token_ids))
         kernels.embed(weights.embedding, token_ids, buffers.x)
         buffers.delta.zero_()

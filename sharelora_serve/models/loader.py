@@ -1,8 +1,8 @@
 """The base's weights: from safetensors files to packed layers, every tensor accounted for."""
 
 import json
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -180,6 +180,44 @@ def load_weights(
             f"{folder}: {len(unused)} tensors are not understood, such as {', '.join(unused[:5])}"
         )
     return weights
+
+
+def fold_weights(
+    base: ModelWeights,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    kernels: Kernels,
+    *,
+    device: torch.device,
+    modules: Collection[str],
+    fold: Fold,
+    is_wanted: Callable[[], bool],
+) -> ModelWeights | None:
+    """A second set of weights, folded, beside a base that stays as it is.
+
+    modules    the only ones that the fold changes; whatever it leaves alone both sets share
+    is_wanted  asked before every weight; once it says no, nothing more is done
+
+    Returns None if it was not wanted to the end. Raises UnsupportedModelError for a sum that is
+    too large for the dtype, and what the fold raises.
+    """
+    shapes = config.layout("").shapes
+    products = {}
+    for fused, parts in _FUSED.items():
+        if not any(module in modules for module in parts):
+            continue
+        inputs, outputs = shapes[parts[0]][0], [shapes[module][1] for module in parts]
+        stacked = getattr(base.layers, fused)
+        folded = kernels.make_weights(config.num_layers, sum(outputs), inputs, dtype, device)
+        for layer in range(config.num_layers):
+            if not is_wanted():
+                return None
+            weights = kernels.unpack(stacked[layer], sum(outputs), dtype).float().split(outputs)
+            changed = [fold(layer, *part) for part in zip(parts, weights, strict=True)]
+            name = f"model.layers.{layer}.{parts[0]}.weight"
+            kernels.pack(_cast(torch.cat(changed), dtype, name), folded[layer])
+        products[fused] = folded
+    return replace(base, layers=replace(base.layers, **products))
 
 
 def _cast(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:

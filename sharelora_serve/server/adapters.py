@@ -1,11 +1,10 @@
 """The routes by which adapters are published, seen, changed and removed while requests run."""
 
 import asyncio
-import os
-import sys
-import threading
+import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
@@ -13,22 +12,28 @@ from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response
 
-from sharelora_serve.adapters.naming import AdapterName, check_name
-from sharelora_serve.adapters.registry import AdapterRegistry, Published
+from sharelora_serve.adapters.naming import AdapterName
+from sharelora_serve.adapters.published import Published
+from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.adapters.unpack import unpack
 from sharelora_serve.config import ServeConfig
 from sharelora_serve.errors import (
     AdapterExistsError,
     InvalidRequestError,
     ModelNotFoundError,
-    PermissionDeniedError,
 )
+from sharelora_serve.priority import lower_priority
 from sharelora_serve.server.ascii_json import AsciiJSONResponse
 from sharelora_serve.server.body import parse_body, read_body
 from sharelora_serve.server.caller import Caller, require_admin
+from sharelora_serve.server.drain import Drain
 from sharelora_serve.server.errors import Problem
 from sharelora_serve.server.generation import GenerationContext
+from sharelora_serve.server.logs import request_fields
+from sharelora_serve.server.permissions import changeable, creatable, unknown_adapter
 from sharelora_serve.server.upload import Receiver, Upload
+
+logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
@@ -76,7 +81,9 @@ class AdapterRoutes:
         self._config = config
         self._receiver = Receiver(config.max_adapter_bytes)
         # Threads of their own: requests are parsed in asyncio's, and must not wait for a disk.
-        self._workers = ThreadPoolExecutor(_NUM_WORKERS, "publisher", initializer=_yield_to_others)
+        self._workers = ThreadPoolExecutor(
+            _NUM_WORKERS, "publisher", initializer=lower_priority, initargs=(_NICENESS,)
+        )
         self.router = router = APIRouter(prefix="/v1")
         for method, path, answer in (
             ("GET", "/adapters", self.list_adapters),
@@ -124,8 +131,7 @@ class AdapterRoutes:
     async def create(self, request: Request) -> Response:
         """Publish a new adapter."""
         async with self._receiver.receive(request) as upload:
-            name = self._target(request, upload.name or "")
-            self._refuse_shadow(request, name)
+            name = creatable(_caller(request), _registry(request), upload.name or "")
             published = await self._publish(request, name, upload, must_be_new=True)
         return await self._answer(request, published, status=201)
 
@@ -137,14 +143,14 @@ class AdapterRoutes:
                     f"name: {upload.name!r} is not the name in the path; leave it out",
                     param="name",
                 )
-            target = self._changeable(request, name)
+            target = _changeable(request, name)
             published = await self._publish(request, target, upload, must_be_new=False)
         return await self._answer(request, published)
 
     async def delete(self, request: Request, name: str) -> Response:
         """Remove an adapter; requests that run end on their version."""
-        target, expected = self._changeable(request, name), _if_match(request)
-        await self._change(lambda: _registry(request).remove(target, expected=expected))
+        target, expected = _changeable(request, name), _if_match(request)
+        await self._remove(request, target, expected)
         return AsciiJSONResponse({"id": name, "object": "adapter", "deleted": True})
 
     async def pin(self, request: Request, name: str) -> Response:
@@ -159,9 +165,12 @@ class AdapterRoutes:
         """Serve an earlier version again."""
         content = await read_body(request, self._config.max_request_bytes)
         fields = parse_body(content, RollbackFields) if content else RollbackFields()
-        target, expected = self._changeable(request, name), _if_match(request)
+        target, expected = _changeable(request, name), _if_match(request)
         published = await self._change(
-            lambda: _registry(request).roll_back(target, fields.version, expected=expected)
+            request,
+            "rolled back",
+            target,
+            lambda: _registry(request).roll_back(target, fields.version, expected=expected),
         )
         return await self._answer(request, published)
 
@@ -170,11 +179,14 @@ class AdapterRoutes:
         require_admin(_caller(request))
         fields = parse_body(await read_body(request, self._config.max_request_bytes), LoadFields)
         path = self._inside_adapters_folder(fields.lora_path)
-        name = self._target(request, fields.lora_name)
+        name = creatable(_caller(request), _registry(request), fields.lora_name)
         must_be_new = None if fields.load_inplace else True
         try:
             await self._change(
-                lambda: _registry(request).publish(name, path, must_be_new=must_be_new)
+                request,
+                "published",
+                name,
+                lambda: _registry(request).publish(name, path, must_be_new=must_be_new),
             )
         except AdapterExistsError:
             raise InvalidRequestError(
@@ -188,8 +200,8 @@ class AdapterRoutes:
         """As vLLM's: remove an adapter."""
         require_admin(_caller(request))
         fields = parse_body(await read_body(request, self._config.max_request_bytes), UnloadFields)
-        name = self._target(request, fields.lora_name)
-        await self._change(lambda: _registry(request).remove(name))
+        name = creatable(_caller(request), _registry(request), fields.lora_name)
+        await self._remove(request, name, None)
         return PlainTextResponse(
             f"Success: LoRA adapter '{fields.lora_name}' removed successfully."
         )
@@ -204,74 +216,48 @@ class AdapterRoutes:
                 path = unpack(upload.file, folder, max_bytes=self._config.max_adapter_bytes)
                 return registry.publish(name, path, must_be_new=must_be_new, expected=expected)
 
-        return await self._change(publish)
+        return await self._change(request, "published", name, publish)
+
+    async def _remove(self, request: Request, name: AdapterName, expected: str | None) -> None:
+        registry = _registry(request)
+        await self._change(
+            request, "removed", name, lambda: registry.remove(name, expected=expected)
+        )
+        _context(request).metrics.usage.forget(name.text)
 
     async def _set_pinned(self, request: Request, name: str, is_pinned: bool) -> Response:
         require_admin(_caller(request))  # the device's memory is everybody's
-        target = self._changeable(request, name)
-        published = await self._change(lambda: _registry(request).set_pinned(target, is_pinned))
+        target = _changeable(request, name)
+        published = await self._change(
+            request,
+            "pinned" if is_pinned else "unpinned",
+            target,
+            lambda: _registry(request).set_pinned(target, is_pinned),
+        )
         return await self._answer(request, published)
 
-    async def _change(self, change: Callable[[], _Result]) -> _Result:
+    async def _change(
+        self, request: Request, what: str, name: AdapterName, change: Callable[[], _Result]
+    ) -> _Result:
         """Run a change to its end, even if the client goes: it is then done or not, never half."""
-        return await asyncio.get_running_loop().run_in_executor(self._workers, change)
+        drain: Drain = request.app.state.drain
+        drain.check()
+        result = await self._run(change)
+        fields = {"model": name.text}
+        if isinstance(result, Published):
+            fields["version"] = result.version.digest
+        logger.info("adapter %s", what, extra=request_fields(request.scope["state"]) | fields)
+        return result
+
+    async def _run(self, work: Callable[[], _Result]) -> _Result:
+        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     def _find(self, request: Request, name: str) -> Published:
         caller = _caller(request)
         try:
             return _registry(request).find(*caller.candidates(name))
         except ModelNotFoundError:
-            raise _no_such(name) from None
-
-    def _target(self, request: Request, text: str) -> AdapterName:
-        """The adapter that a caller means to make or change by a name.
-
-        Raises AdapterInvalidError for a name that nobody can have, ModelNotFoundError for one of
-        another tenant's, whether it is there or not.
-        """
-        caller, name = _caller(request), AdapterName.parse(text)
-        if name is None:
-            check_name(text, self._config.base_name)
-            raise AssertionError(f"{text!r} is a name and no name")
-        if caller.tenant is None:
-            return name
-        if name.owner not in (None, caller.tenant):
-            raise _no_such(text)
-        return AdapterName(caller.tenant, name.name)
-
-    def _changeable(self, request: Request, text: str) -> AdapterName:
-        """The same for an adapter that is to be there.
-
-        Raises PermissionDeniedError where a tenant sees a public one of that name.
-        """
-        name = self._target(request, text)
-        if _caller(request).tenant is not None:
-            self._refuse_public(request, name)
-        return name
-
-    def _refuse_public(self, request: Request, own: AdapterName) -> None:
-        registry = _registry(request)
-        try:
-            found = registry.find(own, AdapterName(None, own.name))
-        except ModelNotFoundError:
-            raise _no_such(own.name) from None
-        if found.name.owner is None:
-            raise PermissionDeniedError(
-                f"adapter {own.name!r} is public: only an admin may change it; publish one of "
-                "your own under another name"
-            )
-
-    def _refuse_shadow(self, request: Request, name: AdapterName) -> None:
-        """A tenant may not take the name of a public adapter, which its requests would lose."""
-        if name.owner is None:
-            return
-        try:
-            _registry(request).find(AdapterName(None, name.name))
-        except ModelNotFoundError:
-            return
-        raise AdapterExistsError(
-            f"{name.name!r} is the name of a public adapter; choose another", param="name"
-        )
+            raise unknown_adapter(name) from None
 
     def _inside_adapters_folder(self, text: str) -> Path:
         folder = self._config.adapters
@@ -300,7 +286,7 @@ class AdapterRoutes:
     ) -> Response:
         """An adapter with its versions, and the version as its entity tag."""
         registry = _registry(request)
-        versions = await self._change(lambda: registry.versions(published.name))
+        versions = await self._run(lambda: registry.versions(published.name))
         content = self._describe(request, published)
         content["versions"] = [
             {
@@ -339,6 +325,7 @@ class AdapterRoutes:
             "num_factors": summary.num_factors,
             "bytes_stored": summary.stored_bytes,
             "bytes_expanded": summary.expanded_bytes,
+            "counts": asdict(context.metrics.usage.of(published.name.text)),
         }
 
 
@@ -356,16 +343,11 @@ def _caller(request: Request) -> Caller:
     return caller
 
 
-def _no_such(name: str) -> ModelNotFoundError:
-    return ModelNotFoundError(f"there is no adapter {name[:200]!r}", param="name")
+def _changeable(request: Request, text: str) -> AdapterName:
+    return changeable(_caller(request), _registry(request), text)
 
 
 def _if_match(request: Request) -> str | None:
     """The version that If-Match names, None for any."""
     tag = request.headers.get("if-match", "*").strip()
     return None if tag == "*" else tag.removeprefix("W/").strip('"')
-
-
-def _yield_to_others() -> None:
-    if sys.platform == "linux":  # where threads have priorities of their own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICENESS)

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 
 from sharelora_serve import __version__
@@ -14,7 +15,9 @@ from sharelora_serve.engine.load import Loaded
 from sharelora_serve.errors import EngineStoppedError, ServeError
 from sharelora_serve.server.adapters import AdapterRoutes
 from sharelora_serve.server.auth import AuthenticationMiddleware
+from sharelora_serve.server.body import answer_validation_error
 from sharelora_serve.server.codec import TextCodec
+from sharelora_serve.server.drain import Drain, DrainMiddleware
 from sharelora_serve.server.errors import answer_http_error, answer_serve_error
 from sharelora_serve.server.generation import GenerationContext
 from sharelora_serve.server.keys import KeyFile
@@ -29,6 +32,7 @@ def create_app(loaded: Loaded, config: ServeConfig) -> FastAPI:
     """The HTTP application around an engine, which it starts and stops.
 
     Until the engine is warm the server does not accept connections; /ready tells when it stops.
+    Its `state.drain` is the Drain that whoever stops the server begins.
     Raises ConfigurationError if the file of API keys cannot be used.
     """
 
@@ -41,7 +45,7 @@ def create_app(loaded: Loaded, config: ServeConfig) -> FastAPI:
             registry=registry,
             codec=TextCodec(engine.tokenizer),
             mailbox=Mailbox(asyncio.get_running_loop()),
-            metrics=Metrics(engine, registry),
+            metrics=Metrics(engine, registry, config.metrics_adapters),
         )
         try:
             await asyncio.to_thread(engine.start)
@@ -52,14 +56,17 @@ def create_app(loaded: Loaded, config: ServeConfig) -> FastAPI:
             await asyncio.to_thread(engine.stop)
 
     app = FastAPI(title="ShareLoRA Serve", version=__version__, lifespan=lifespan)
+    app.state.drain = Drain(config.drain_seconds, config.drain_delay_seconds)
     app.include_router(OpenAIRoutes(config, int(time.time())).router)
     app.include_router(AdapterRoutes(config).router)
     app.include_router(operations_router)
     app.add_exception_handler(ServeError, answer_serve_error)
     app.add_exception_handler(HTTPException, answer_http_error)
+    app.add_exception_handler(RequestValidationError, answer_validation_error)
     # The last one added is the outermost: a refused request has its id too.
     app.add_middleware(
         AuthenticationMiddleware, keys=KeyFile(config.api_keys) if config.api_keys else None
     )
     app.add_middleware(RequestIdMiddleware)
+    app.add_middleware(DrainMiddleware, drain=app.state.drain)
     return app

@@ -37,7 +37,7 @@ class AuthenticationMiddleware:
             await self._app(scope, receive, send)
             return
         try:
-            caller = self._authenticate(scope)
+            caller = await self._authenticate(scope)
             if scope["path"] in ADMIN_PATHS:
                 require_admin(caller)
         except (AuthenticationError, PermissionDeniedError) as error:
@@ -47,9 +47,10 @@ class AuthenticationMiddleware:
         scope["state"]["caller"] = caller
         await self._app(scope, receive, send)
 
-    def _authenticate(self, scope: Scope) -> Caller:
+    async def _authenticate(self, scope: Scope) -> Caller:
         if self._keys is None:
             return ANONYMOUS_ADMIN
+        await self._keys.follow()
         # Joined as HTTP has it, so that of two headers neither is chosen: together they are no key.
         headers = Headers(scope=scope).getlist("authorization")
         return self._keys.authenticate(", ".join(headers) if headers else None)

@@ -6,11 +6,13 @@ import re
 from collections.abc import AsyncGenerator, Iterable
 from typing import Any, NoReturn, Protocol, Self, TypeVar
 
+from fastapi.exceptions import RequestValidationError
 from pydantic import ValidationError
 from starlette.requests import Request
 
 from sharelora_serve.errors import RequestTimeoutError, RequestTooLargeError
-from sharelora_serve.server.errors import BodyError, Problem, shortened
+from sharelora_serve.server.ascii_json import AsciiJSONResponse
+from sharelora_serve.server.errors import BodyError, Problem, error_response, shortened
 
 DISCARDED_BYTES = 64 * 1024**2
 DISCARD_SECONDS = 5.0
@@ -130,6 +132,14 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
     if problems := list(parsed.disagreements()):
         raise BodyError(problems)
     return parsed
+
+
+async def answer_validation_error(_request: Request, error: Exception) -> AsciiJSONResponse:
+    """Exception handler for what FastAPI finds wrong with a query's parameters."""
+    assert isinstance(error, RequestValidationError), "registered for RequestValidationError"
+    return error_response(
+        BodyError([_problem({**item, "loc": item["loc"][1:]}) for item in error.errors()])
+    )
 
 
 OWN_CODES = frozenset({"unsupported_parameter", "unsupported_value", "invalid_type"})

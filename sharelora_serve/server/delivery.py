@@ -90,7 +90,12 @@ class GenerationResponse(Response):
                     return None
         except Exception as error:
             is_bug = not isinstance(error, ServeError)
-            logger.warning("a stream failed after its start: %s", error, exc_info=is_bug)
+            logger.warning(
+                "a stream failed after its start: %s",
+                error,
+                exc_info=is_bug,
+                extra=generation.log_fields,
+            )
             await _send_body(send, _events([error_content(error)]) + DONE, more=False)
             return error
         await _send_body(send, events + _events(shape.last_chunks(generation)) + DONE, more=False)

@@ -16,6 +16,7 @@ from sharelora_serve.server.choice import Choice, ChoiceOptions
 from sharelora_serve.server.codec import TextCodec
 from sharelora_serve.server.mailbox import Mailbox
 from sharelora_serve.server.metrics import Metrics
+from sharelora_serve.server.usage import Counts
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class Generation:
         self,
         context: GenerationContext,
         *,
-        request_id: str,
+        request_fields: dict[str, object],
         model: str,
         adapter: AdapterVersion | None,
         tenant: str | None,
@@ -60,18 +61,20 @@ class Generation:
 
         `sampling(prompt, i)` is what the engine is asked for choice i of a prompt.
 
-        `request_id` names the HTTP request in the log; the engine's ids are new ones, since a
+        `request_fields` name the HTTP request in the log; the engine's ids are new ones, since a
         client may send the same x-request-id twice.
         """
         self.model = model
         self.is_cancelled = False  # whether the client has gone
         self.num_prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
         self._context = context
-        self._request_id = request_id
+        self._request_fields = request_fields
         self._adapter = adapter
         self._arrived_at = time.monotonic()
         self._num_choices = num_choices
-        self._counts = context.metrics.token_counts(None if adapter is None else adapter.name)
+        self._account = context.metrics.usage.account(
+            context.engine.base_name if adapter is None else adapter.name
+        )
         self._news = asyncio.Event()
         self._requests: list[Request] = []
         self.choices: list[Choice] = []
@@ -94,12 +97,12 @@ class Generation:
                 self._requests.append(request)
 
     def _receiver(self, choice: Choice) -> Callable[[RequestOutput], None]:
-        metrics, counts = self._context.metrics, self._counts
+        metrics, account = self._context.metrics, self._account
 
         def receive(output: RequestOutput) -> None:
             num_before = choice.num_tokens
             choice.accept(output)
-            counts.completion += choice.num_tokens - num_before
+            account.add(Counts(completion_tokens=choice.num_tokens - num_before))
             if num_before == 0 and choice.first_token_at is not None:
                 metrics.time_to_first_token.observe(choice.first_token_at - self._arrived_at)
             if choice.finish_reason is not None and output.finish_reason is None:
@@ -112,7 +115,7 @@ class Generation:
     def submit(self) -> None:
         """Queue every choice. Raises what Engine.submit raises; `close` then frees the others."""
         self._context.engine.submit(*self._requests)
-        self._counts.prompt += self.num_prompt_tokens
+        self._account.add(Counts(requests=1, prompt_tokens=self.num_prompt_tokens))
 
     async def wait(self) -> None:
         """Wait until a choice has something new or the client has gone.
@@ -152,18 +155,28 @@ class Generation:
                 decoding = choice.last_token_at - choice.first_token_at
                 metrics.time_per_output_token.observe(decoding / (choice.num_tokens - 1))
             first_token_at = min(choice.first_token_at, first_token_at or choice.first_token_at)
+        first_token_seconds = None if first_token_at is None else first_token_at - self._arrived_at
         logger.info(
-            "request %s: model=%s version=%s prompt_tokens=%d completion_tokens=%d outcome=%s "
-            "first_token=%s total=%.3fs",
-            self._request_id,
-            self.model,
-            version_text(self._adapter),
-            self.num_prompt_tokens,
-            self.num_completion_tokens,
-            outcome,
-            "none" if first_token_at is None else f"{first_token_at - self._arrived_at:.3f}s",
-            seconds,
+            "generation ended",
+            extra={
+                **self.log_fields,
+                "outcome": outcome,
+                "error": None if error is None else getattr(error, "code", ServeError.code),
+                "first_token_seconds": first_token_seconds,
+                "total_seconds": seconds,
+            },
         )
+
+    @property
+    def log_fields(self) -> dict[str, object]:
+        """What a line of the log says about this generation, of whatever is known by now."""
+        return {
+            **self._request_fields,
+            "model": self.model,
+            "version": version_text(self._adapter),
+            "prompt_tokens": self.num_prompt_tokens,
+            "completion_tokens": self.num_completion_tokens,
+        }
 
     @property
     def is_finished(self) -> bool:

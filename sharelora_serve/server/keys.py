@@ -1,5 +1,6 @@
 """API keys: the file that holds their hashes, and whom the key of a request stands for."""
 
+import asyncio
 import hashlib
 import hmac
 import json
@@ -14,6 +15,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
+from itertools import compress, repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -86,7 +88,7 @@ class StoredKey(BaseModel):
 
 
 class KeyFile:
-    """The keys of a running server, which follow their file. Used by one thread, the event loop.
+    """The keys of a running server, which follow their file. Used on the event loop alone.
 
     A file that is changed is read within CHECK_SECONDS. One that is broken or gone by then is
     logged once, and the keys known before stay valid until it is whole again.
@@ -97,11 +99,30 @@ class KeyFile:
         self._path = path
         self._checked_at = time.monotonic()
         self._state = _file_state(path)
-        self._callers = self._read()
+        self._callers = _read_callers(path)  # by the hashes of their keys
+        self._following = asyncio.Lock()
+
+    async def follow(self) -> None:
+        """Read the file again if it has changed; looks at it at most once in CHECK_SECONDS."""
+        is_recent = time.monotonic() - self._checked_at < CHECK_SECONDS
+        if is_recent or self._following.locked():
+            return
+        async with self._following:
+            self._checked_at = time.monotonic()
+            # Taken before reading: of a change in between, the next look will tell.
+            state = _file_state(self._path)
+            if state == self._state:
+                return
+            try:
+                # Thousands of keys take a while, in which streams go on.
+                self._callers = await asyncio.to_thread(_read_callers, self._path)
+            except ConfigurationError as error:
+                logger.error("the API keys known before stay valid: %s", error.message)
+            # Only now: the client whose request this is may have left while it was read.
+            self._state = state
 
     def authenticate(self, header: str | None) -> Caller:
         """Whom an `Authorization` header stands for; AuthenticationError if for nobody."""
-        self._follow_the_file()
         matched = _BEARER.fullmatch(header or "")
         if matched is None:
             raise AuthenticationError(
@@ -109,45 +130,31 @@ class KeyFile:
                 "runs the server makes one with 'sharelora-serve keys create'."
             )
         sent = _hash(matched[1])
-        caller = None
         # Always all of them: the time that it takes tells nothing about any.
-        for stored, owner in self._callers:
-            if hmac.compare_digest(stored, sent):
-                caller = owner
-        if caller is None:
+        is_sent = map(hmac.compare_digest, self._callers, repeat(sent))
+        callers = list(compress(self._callers.values(), is_sent))
+        if not callers:
             raise AuthenticationError(
                 "Incorrect API key provided: it is unknown to this server, or has been revoked. "
                 "Ask whoever runs the server for a new one."
             )
-        return caller
+        return callers[0]
 
-    def _follow_the_file(self) -> None:
-        if time.monotonic() - self._checked_at < CHECK_SECONDS:
-            return
-        self._checked_at = time.monotonic()
-        # Taken before reading: of a change in between, the next look will tell.
-        state = _file_state(self._path)
-        if state == self._state:
-            return
-        self._state = state
-        try:
-            self._callers = self._read()
-        except ConfigurationError as error:
-            logger.error("the API keys known before stay valid: %s", error.message)
 
-    def _read(self) -> list[tuple[str, Caller]]:
-        keys = read_keys(self._path)
-        if self._state is not None and self._state.mode & (stat.S_IRGRP | stat.S_IROTH):
-            logger.warning(
-                "%s can be read by others than its owner (mode %o); chmod 600 it",
-                self._path,
-                stat.S_IMODE(self._state.mode),
-            )
-        if keys:
-            logger.info("%d API keys are valid, of %s", len(keys), self._path)
-        else:
-            logger.warning("%s holds no API keys: every request is refused", self._path)
-        return [(key.sha256, Caller(key.tenant, key.role == "admin")) for key in keys]
+def _read_callers(path: Path) -> dict[str, Caller]:
+    """Whom the keys of a file stand for, by their hashes; what is odd about it is logged."""
+    keys = read_keys(path)
+    state = _file_state(path)
+    if state is not None and state.mode & (stat.S_IRGRP | stat.S_IROTH):
+        mode = stat.S_IMODE(state.mode)
+        logger.warning(
+            "%s can be read by others than its owner (mode %o); chmod 600 it", path, mode
+        )
+    if keys:
+        logger.info("%d API keys are valid, of %s", len(keys), path)
+    else:
+        logger.warning("%s holds no API keys: every request is refused", path)
+    return {key.sha256: Caller(key.tenant, is_admin=key.role == "admin") for key in keys}
 
 
 def read_keys(path: Path) -> list[StoredKey]:
@@ -232,6 +239,8 @@ def revoke_key(path: Path, key_id: str) -> StoredKey:
 def _changing(path: Path) -> Iterator[list[StoredKey]]:
     """The keys of a file, written back as the block leaves them unless it raises."""
     path = path.resolve()  # what a link leads to is replaced, not the link
+    if not path.parent.is_dir():  # the lock would make it, with everybody's permissions
+        raise ConfigurationError(f"there is no folder {path.parent} for the file of API keys")
     with FileLock(f"{path}.lock", timeout=LOCK_SECONDS):
         keys = read_keys(path) if path.exists() else []
         yield keys
@@ -265,9 +274,9 @@ def _hash(key: str) -> str:
 
 
 class _FileState(NamedTuple):
-    """What changes with a file.
+    """What changes with a file; changed_at is its ctime in nanoseconds.
 
-    changed_at  ctime and not mtime: it cannot be set back, and tells of permissions that were mended
+    mtime would not do: it can be set back, and does not tell of permissions that were mended.
     """
 
     mode: int

@@ -1,7 +1,6 @@
 """What /metrics tells: counters and histograms of requests, and gauges read when they are asked."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
@@ -9,6 +8,7 @@ from prometheus_client.registry import Collector
 
 from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.engine.engine import Engine
+from sharelora_serve.server.usage import OTHER, Usage
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
@@ -16,22 +16,15 @@ _TOKEN_SECONDS = (0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.
 OUTCOMES = ("stop", "length", "abort", "refused", "error")
 
 
-@dataclass(slots=True)
-class TokenCounts:
-    """Tokens of one model since the start; only the event loop adds to them."""
-
-    prompt: int = 0
-    completion: int = 0
-
-
 class Metrics:
     """The figures of one server, in a registry of its own.
 
     Histograms carry no adapter label: thousands of tenants times buckets is more than any
-    monitoring holds. Tokens are counted per adapter, and stay while it is idle.
+    monitoring holds. Requests and tokens are counted per adapter in `usage`, which names as many
+    as may be named.
     """
 
-    def __init__(self, engine: Engine, registry: AdapterRegistry) -> None:
+    def __init__(self, engine: Engine, registry: AdapterRegistry, num_named_adapters: int) -> None:
         """Engine, scheduler and caches are asked for their figures at every scrape."""
         self.registry = CollectorRegistry()
         self.requests = Counter(
@@ -55,12 +48,8 @@ class Metrics:
         self.request_time = self._histogram(
             "sharelora_request_seconds", "From a request's arrival to its end.", _SECONDS
         )
-        self._token_counts: dict[str | None, TokenCounts] = {}
-        self.registry.register(_EngineFigures(engine, registry, self._token_counts))
-
-    def token_counts(self, adapter_name: str | None) -> TokenCounts:
-        """The counts of an adapter, or of the base for None, to add to."""
-        return self._token_counts.setdefault(adapter_name, TokenCounts())
+        self.usage = Usage(engine.base_name, num_named_adapters)
+        self.registry.register(_EngineFigures(engine, registry, self.usage))
 
     def render(self) -> bytes:
         """All of them in Prometheus' text format."""
@@ -73,15 +62,10 @@ class Metrics:
 class _EngineFigures(Collector):
     """Reads engine, KV cache, adapter cache and pool at the moment of a scrape."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        registry: AdapterRegistry,
-        token_counts: dict[str | None, TokenCounts],
-    ) -> None:
+    def __init__(self, engine: Engine, registry: AdapterRegistry, usage: Usage) -> None:
         self._engine = engine
         self._registry = registry
-        self._token_counts = token_counts
+        self._usage = usage
 
     def collect(self) -> Iterator[Metric]:
         """Every figure as a metric family."""
@@ -130,6 +114,8 @@ class _EngineFigures(Collector):
         counters = {
             "preemptions": (stats.num_preemptions, "Requests preempted for want of KV blocks."),
             "steps": (stats.num_steps, "Forward passes."),
+            "merges": (stats.num_merges, "Adapters folded into the weights by --merge auto."),
+            "unmerges": (stats.num_unmerges, "Adapters taken out of the weights again."),
             "prefix_cache_hit_tokens": (
                 stats.prefix_cache_hits_tokens,
                 "Prompt tokens whose keys and values were in the prefix cache.",
@@ -160,18 +146,26 @@ class _EngineFigures(Collector):
             "tier",
             {"device": cache.device_evictions, "host": cache.host_evictions},
         )
-        names = {None, *(item.name.text for item in published)}
-        counts = {name: self._token_counts.get(name, TokenCounts()) for name in names}
-        for kind in ("prompt", "completion"):
+        yield _by_label(
+            GaugeMetricFamily,
+            "merged_adapter",
+            "1 for the adapter that is folded into the weights now, if any.",
+            "adapter",
+            {stats.merged_adapter: 1} if stats.merged_adapter is not None else {},
+        )
+        self._usage.follow([item.name.text for item in published])
+        shown = self._usage.shown()
+        for kind, text in (
+            ("requests", "Requests that were queued"),
+            ("prompt_tokens", "Prompt tokens"),
+            ("completion_tokens", "Completion tokens"),
+        ):
             yield _by_label(
                 CounterMetricFamily,
-                f"adapter_{kind}_tokens",
-                f"{kind.capitalize()} tokens, by adapter; the base's name is the base.",
+                f"adapter_{kind}",
+                f"{text}, by adapter; the base's name is the base, {OTHER} all that are not named.",
                 "adapter",
-                {
-                    self._engine.base_name if name is None else name: getattr(count, kind)
-                    for name, count in sorted(counts.items(), key=lambda item: item[0] or "")
-                },
+                {name: getattr(counts, kind) for name, counts in shown.items()},
             )
 
 

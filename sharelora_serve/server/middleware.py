@@ -9,6 +9,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sharelora_serve.server.errors import error_response
+from sharelora_serve.server.logs import request_fields
 
 logger = logging.getLogger(__name__)
 
@@ -50,9 +51,9 @@ class RequestIdMiddleware:
         try:
             await self._app(scope, receive, send_with_headers)
         except ClientDisconnect:
-            logger.info("request %s: the client left while sending it", request_id)
+            logger.info("a client left while sending its request", extra=request_fields(state))
         except Exception as error:
-            logger.exception("request %s failed", request_id)
+            logger.exception("a request failed", extra=request_fields(state))
             if is_started:
                 raise  # all that is left is to break the connection, so that it looks broken
             await error_response(error)(scope, receive, send_with_headers)

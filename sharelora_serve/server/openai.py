@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sharelora_serve.adapters.adapter import AdapterVersion
-from sharelora_serve.adapters.registry import Published
+from sharelora_serve.adapters.published import Published
 from sharelora_serve.config import ServeConfig
 from sharelora_serve.errors import (
     ContextLengthError,
@@ -21,6 +21,7 @@ from sharelora_serve.server.body import parse_body, read_body
 from sharelora_serve.server.caller import Caller
 from sharelora_serve.server.choice import ChoiceOptions
 from sharelora_serve.server.delivery import GenerationResponse
+from sharelora_serve.server.drain import Drain
 from sharelora_serve.server.errors import BodyError
 from sharelora_serve.server.generation import (
     Generation,
@@ -28,6 +29,7 @@ from sharelora_serve.server.generation import (
     Prompt,
     version_text,
 )
+from sharelora_serve.server.logs import request_fields
 from sharelora_serve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -89,8 +91,12 @@ class OpenAIRoutes:
         self, request: Request, model: type[GenerationFields], shape: type[Shape]
     ) -> Response:
         context: GenerationContext = request.app.state.context
+        drain: Drain = request.app.state.drain
         try:
             content = await read_body(request, self._config.max_request_bytes)
+            # After the body: the connection ends with this answer, and what a client has not sent
+            # by then would take the answer with it.
+            drain.check()
             # Parsing and tokenizing a long body take a while, in which other streams go on.
             body, adapter, prompts = await asyncio.to_thread(
                 self._understand, context, request.state.caller, content, model
@@ -101,7 +107,7 @@ class OpenAIRoutes:
         request.state.adapter_version = version_text(adapter)
         generation = Generation(
             context,
-            request_id=request.state.request_id,
+            request_fields=request_fields(request.scope["state"]),
             model=body.model,
             adapter=adapter,
             tenant=request.state.caller.tenant,

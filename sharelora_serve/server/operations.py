@@ -7,6 +7,7 @@ from starlette.responses import Response
 from sharelora_serve import __version__
 from sharelora_serve.errors import EngineStoppedError
 from sharelora_serve.server.ascii_json import AsciiJSONResponse
+from sharelora_serve.server.drain import Drain
 from sharelora_serve.server.generation import GenerationContext
 
 router = APIRouter()
@@ -24,9 +25,11 @@ async def health(request: Request) -> Response:
 @router.get("/ready")
 async def ready(request: Request) -> Response:
     """200 while requests are taken: send traffic elsewhere when it is not."""
+    drain: Drain = request.app.state.drain
+    drain.check()
     context: GenerationContext = request.app.state.context
     if not context.engine.is_ready:
-        raise EngineStoppedError("the engine does not take requests; it is stopping")
+        raise EngineStoppedError("the engine has stopped; its log says why")
     return AsciiJSONResponse({"status": "ready"})
 
 

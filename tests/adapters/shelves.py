@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
 from sharelora_serve.adapters.cache import AdapterCache
+from sharelora_serve.adapters.format import read_adapter
 from sharelora_serve.adapters.layout import MODULES, BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK
 from sharelora_serve.adapters.pool import MatrixPool
@@ -71,9 +72,26 @@ def _drawn(seed: int, rows: int, columns: int) -> Tensor:
     return torch.randint(1, 9, (rows, columns), generator=generator) / 8.0
 
 
+def write_content(path: Path, content: Content) -> Path:
+    """Save it as PEFT does, over what is there."""
+    path.mkdir(exist_ok=True)
+    tensors: dict[str, Tensor] = {}
+    for layer in range(LAYOUT.num_layers):
+        for module in content.modules:
+            key = f"base_model.model.model.layers.{layer}.{module}"
+            a, b = content.factors(layer, module)
+            tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
+    save_file(tensors, path / "adapter_model.safetensors")
+    alpha = content.scaling * content.rank
+    config = {"peft_type": "LORA", "r": content.rank, "lora_alpha": alpha}
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
 class Shelf:
     """A cache, its pool and its folders; memory that no adapter wrote is NaN.
 
+    names       what is published
     changed_by  the threads that called on_change
     """
 
@@ -83,7 +101,9 @@ class Shelf:
         self.folder = folder
         self.pool = MatrixPool(pool_bytes, LAYOUT.feature_counts, torch.float32, "cpu")
         self.pool.arena[PAGE_RANK * max(LAYOUT.feature_counts) :] = float("nan")
+        self.names: dict[str, AdapterVersion] = {}
         self.changed_by: set[int] = set()
+        self._paths: dict[str, Path] = {}  # by digest
         self._changed = Condition()
         self._may_go_on = Event()
         self._may_go_on.set()
@@ -91,6 +111,7 @@ class Shelf:
             LAYOUT,
             self.pool,
             host_bytes,
+            lambda version: read_adapter(self._paths[version.digest], LAYOUT, name=version.name),
             num_loader_threads=num_loader_threads,
             on_change=self._on_change,
         )
@@ -111,25 +132,23 @@ class Shelf:
         """Where the content is that was published under this name."""
         return self.folder / f"{name}-{content.seed}-{content.rank}"
 
-    def write(self, path: Path, content: Content) -> Path:
-        """Save it as PEFT does, over what is there."""
-        path.mkdir(exist_ok=True)
-        tensors: dict[str, Tensor] = {}
-        for layer in range(LAYOUT.num_layers):
-            for module in content.modules:
-                key = f"base_model.model.model.layers.{layer}.{module}"
-                a, b = content.factors(layer, module)
-                tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
-        save_file(tensors, path / "adapter_model.safetensors")
-        alpha = content.scaling * content.rank
-        config = {"peft_type": "LORA", "r": content.rank, "lora_alpha": alpha}
-        (path / "adapter_config.json").write_text(json.dumps(config))
-        return path
-
     def publish(self, name: str, content: Content) -> AdapterVersion:
         """Publish it from its own folder, which is written once: a load may be reading it."""
         path = self.path(name, content)
-        return self.cache.publish(name, path if path.exists() else self.write(path, content))
+        if not path.exists():
+            write_content(path, content)
+        adapter = read_adapter(path, LAYOUT, name=name)
+        self._paths[adapter.digest] = path
+        version = AdapterVersion(name, adapter.digest)
+        self.cache.admit(version, adapter)
+        self.remove(name)
+        self.names[name] = version
+        return version
+
+    def remove(self, name: str) -> None:
+        """Take the name away from its version, if it has one."""
+        if name in self.names:
+            self.cache.dismiss(self.names.pop(name))
 
     def load(self, version: AdapterVersion) -> PageTable:
         """Acquire, as often as it takes; AssertionError if there is no room."""

@@ -14,8 +14,9 @@ from torch import Tensor
 from sharelora_serve.adapters.adapter import Adapter
 from sharelora_serve.adapters.format import read_adapter
 from sharelora_serve.adapters.naming import AdapterName
-from sharelora_serve.adapters.store import AdapterStore, verify_store
+from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.adapters.summary import summarise
+from sharelora_serve.adapters.verify import verify_store
 from tests.adapters.shelves import LAYOUT, Content
 
 KEEP_VERSIONS = 3

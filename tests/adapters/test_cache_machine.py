@@ -27,7 +27,8 @@ CONTENTS = (  # with the 1024-byte chunks that each takes when it is alone
     Content(5, rank=4, modules=("self_attn.v_proj",)),  # 2
     Content(6, rank=16, modules=("mlp.gate_proj", "mlp.down_proj")),  # 12
 )
-POOL_BYTES = 13 * 1024  # page 0 and 12 chunks, so that few can be there together
+SMALL = (CONTENTS[4],)  # may be pinned
+POOL_BYTES = 15 * 1024  # page 0 and 14 chunks, so that few can be there together
 
 
 @dataclass(slots=True, eq=False)
@@ -55,26 +56,43 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.cache = self.shelf.cache
         self.host_bytes = host_bytes
-        self.published: dict[str, tuple[AdapterVersion, Content]] = {}
+        self.published: dict[str, Content] = {}
         self.requests: list[_Request] = []
+        self.pinned: dict[str, AdapterVersion] = {}
 
     @rule(name=st.sampled_from(NAMES), content=st.sampled_from(CONTENTS))
     def add_or_replace(self, name: str, content: Content) -> None:
-        self.published[name] = self.shelf.publish(name, content), content
+        self.unpin(name)
+        self.shelf.publish(name, content)
+        self.published[name] = content
 
     @precondition(lambda self: self.published)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.published)))
-        self.cache.remove(name)
+        self.unpin(name)
+        self.shelf.remove(name)
         del self.published[name]
+
+    @precondition(lambda self: self.published and not self.pinned)
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.published)))
+        if self.published[name] in SMALL:  # every other one fits beside it
+            self.pinned[name] = self.shelf.names[name]
+            self.cache.pin(self.pinned[name])
+
+    @precondition(lambda self: self.pinned)
+    @rule()
+    def unpin_again(self) -> None:
+        self.unpin(*self.pinned)
 
     @precondition(lambda self: self.published)
     @rule(data=st.data(), num_requests=st.integers(1, 2), patient=st.booleans())
     def arrive(self, data: st.DataObject, num_requests: int, patient: bool) -> None:
         name = data.draw(st.sampled_from(sorted(self.published)))
         for _ in range(num_requests):
-            request = _Request(self.cache.resolve(name), self.published[name][1])
+            request = _Request(self.shelf.names[name], self.published[name])
             self.cache.bind(request.version)
             self.requests.append(request)
             self.ask(request, patient)
@@ -105,6 +123,13 @@ class CacheMachine(RuleBasedStateMachine):
             self.shelf.assert_reads_back(request.table, request.content)
 
     @invariant()
+    def pinned_adapters_stay_on_the_device(self) -> None:
+        if self.pinned and not self.running:  # else it may have found no room yet
+            self.shelf.wait_for_loads()
+            for version in self.pinned.values():
+                assert self.cache.tier(version) == "device"
+
+    @invariant()
     def counts_equal_a_recount_and_bytes_are_within_bounds(self) -> None:
         self.shelf.pool.check_integrity()
         stats = self.cache.stats()
@@ -112,10 +137,9 @@ class CacheMachine(RuleBasedStateMachine):
         assert stats.host_bytes <= stats.host_capacity_bytes == self.host_bytes
         assert stats.pool.num_adapters >= len({r.version.digest for r in self.running})
 
-    @invariant()
-    def names_stand_for_what_was_published_last(self) -> None:
-        expected = [self.published[name][0] for name in sorted(self.published)]
-        assert self.cache.versions() == expected
+    def unpin(self, name: str) -> None:
+        if name in self.pinned:
+            self.cache.unpin(self.pinned.pop(name))
 
     @property
     def running(self) -> list[_Request]:
@@ -161,7 +185,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.shelf.wait_for_loads()
         assert not self.requests, "a request found no room though nobody was running"
         for name in self.published:
-            self.cache.remove(name)
+            self.unpin(name)
+            self.shelf.remove(name)
         self.shelf.wait_for_residents(0)
         stats = self.cache.stats()
         assert (stats.pool.used_bytes, stats.host_bytes, stats.num_on_host) == (0, 0, 0)

@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft.utils.other import get_pattern_key
 
+from sharelora_serve.adapters.json_object import parse_json_object
 from sharelora_serve.adapters.layout import MODULES
 from sharelora_serve.adapters.naming import canonical_path
-from sharelora_serve.adapters.peft_config import parse_config, parse_json_object, scaling_fits
+from sharelora_serve.adapters.peft_config import parse_config, scaling_fits
 from sharelora_serve.errors import AdapterInvalidError
 
 PEFT: dict[str, Any] = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}

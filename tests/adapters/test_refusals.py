@@ -1,5 +1,6 @@
 """What cannot be served is refused by the name of the field or tensor, with the way out."""
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -324,6 +325,8 @@ def test_an_mlx_configuration_that_is_not_understood_is_refused(
         [".{0,50}" * 9],
         [f".*.*{n}" for n in range(1000)],
         ["[]" + ".*" * 20 + "]" + ".*" * 8 + "x"],
+        [".*" * 200],
+        ["x" * 900 + str(n) for n in range(300)],
     ],
 )
 def test_a_pattern_that_could_match_for_ever_is_refused_at_once(
@@ -335,6 +338,51 @@ def test_a_pattern_that_could_match_for_ever_is_refused_at_once(
     started_at = time.monotonic()
     assert_says(refusal(folder), field, "takes too long to match", "write module names out")
     assert time.monotonic() - started_at < 5
+
+
+def test_a_rank_above_the_widest_layer_is_refused_and_that_wide_is_taken(
+    tmp_path: Path, seed: int
+) -> None:
+    # It exceeds what k_proj, of 24 and 8 features, can use: one rank may serve all modules.
+    adapter = random_adapter(seed, rank=40, modules=("self_attn.k_proj",), layers=(0,))
+    folder = write_folder(tmp_path / "wide", peft_config(adapter), peft_tensors(adapter))
+    assert read(folder).digest == adapter.digest
+    adapter = random_adapter(seed, rank=41, modules=("self_attn.k_proj",), layers=(0,))
+    folder = write_folder(tmp_path / "wider", peft_config(adapter), peft_tensors(adapter))
+    assert_says(refusal(folder), "rank 41, more than the 40 features", "with a smaller rank")
+
+
+def test_a_layer_named_very_often_counts_once(tmp_path: Path, seed: int) -> None:
+    adapter = random_adapter(seed, "AB", layers=(0, 2))
+    layers = [2, 0] * 50_000
+    config = peft_config(adapter, peft_type="SHARELORA", share="AB", layers_to_transform=layers)
+    folder = write_folder(tmp_path / "acme", config, compact_tensors(adapter, "AB"))
+    started_at = time.monotonic()
+    assert read(folder).digest == adapter.digest
+    assert time.monotonic() - started_at < 5
+
+
+@pytest.mark.parametrize("shape", [(0, 2**63 - 1, 2**63 - 1), (0, 2**64 - 1), (1,) * 1000])
+def test_a_shape_that_no_tensor_can_have_is_refused(
+    shape: tuple[int, ...], tmp_path: Path, seed: int
+) -> None:
+    adapter = random_adapter(seed)
+    folder = write_folder(tmp_path / "acme", peft_config(adapter), {})
+    end = 0 if 0 in shape else 4
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": [0, end]}
+    header = json.dumps({f"{Q}.lora_A.weight": entry}).encode()
+    content = len(header).to_bytes(8, "little") + header + bytes(end)
+    (folder / "adapter_model.safetensors").write_bytes(content)
+    message = refusal(folder)
+    assert_says(message, f"{Q}.lora_A.weight", "shape (")
+    assert len(message) < 1000
+
+
+def test_a_number_that_json_reads_as_infinite_is_refused(tmp_path: Path, seed: int) -> None:
+    adapter = random_adapter(seed)
+    text = json.dumps(peft_config(adapter, lora_dropout=0.5)).replace("0.5", "1e400")
+    folder = write_folder(tmp_path / "acme", text, peft_tensors(adapter))
+    assert_says(refusal(folder), "1e400 is too large a number")
 
 
 def test_names_in_messages_cannot_break_the_line_or_fill_the_log(tmp_path: Path, seed: int) -> None:

@@ -14,6 +14,7 @@ class ScriptedServer:
     def __init__(self, *answers: tuple[int, Any]) -> None:
         self.answers = list(answers)
         self.requests: list[tuple[str, str, Any]] = []
+        self.authorizations: list[str | None] = []
         self.url = ""
 
 
@@ -34,6 +35,7 @@ def scripted_server(*answers: tuple[int, Any]) -> Iterator[ScriptedServer]:
         def _answer(self) -> None:
             body = self.rfile.read(int(self.headers.get("content-length", 0)))
             script.requests.append((self.command, self.path, json.loads(body) if body else None))
+            script.authorizations.append(self.headers.get("authorization"))
             status, answer = script.answers.pop(0)
             content = answer if isinstance(answer, str) else json.dumps(answer)
             self.send_response(status)

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 from openai import OpenAI
@@ -26,15 +27,16 @@ class ServerProcess:
     def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
         self.url = url
         self._process = process
+        self.folder = log.parent
         self._log = log
 
     @property
     def log(self) -> str:
         return self._log.read_text()
 
-    def openai(self) -> OpenAI:
+    def openai(self, api_key: str = "none") -> OpenAI:
         """The official client; to be closed."""
-        return OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, timeout=60)
+        return OpenAI(base_url=f"{self.url}/v1", api_key=api_key, max_retries=0, timeout=60)
 
     def http(self, timeout: float = 60.0) -> httpx.Client:
         """A client that sends what it is told to; to be closed."""
@@ -70,9 +72,9 @@ class ServerProcess:
             )
         )
 
-    def terminate(self) -> None:
-        """What an orchestrator sends first."""
-        self._process.send_signal(signal.SIGTERM)
+    def send(self, number: signal.Signals) -> None:
+        """Send the process a signal, such as what an orchestrator sends first, SIGTERM."""
+        self._process.send_signal(number)
 
     def wait(self) -> int:
         """The exit code, once the process has ended."""
@@ -104,23 +106,25 @@ def running_server(
 
 def run_to_its_end(*arguments: str) -> subprocess.CompletedProcess[str]:
     """What becomes of a server that cannot start."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-        check=False,
-    )
+    with TemporaryDirectory() as store:
+        return subprocess.run(
+            [*COMMAND, "--store", store, *arguments],
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+            check=False,
+        )
 
 
 def _announced_url(process: subprocess.Popen[bytes], log: Path) -> str:
     deadline = time.monotonic() + START_SECONDS
-    while (found := re.search(r"^Serving .* at (http://\S+)$", log.read_text(), re.M)) is None:
+    announced = re.compile(r'^Serving .* at (http://\S+)$|"url": "(http://[^"]+)"', re.MULTILINE)
+    while (found := announced.search(log.read_text())) is None:
         assert process.poll() is None, f"the server ended: {log.read_text()}"
         assert time.monotonic() < deadline, f"the server did not start: {log.read_text()}"
         time.sleep(0.05)
-    return found[1]
+    return found[1] or found[2]
 
 
 def _environment() -> dict[str, str]:

@@ -1,9 +1,10 @@
 """An engine stepped by hand: what happens between two steps is for the test to say."""
 
+import concurrent.futures
 import functools
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,6 +23,8 @@ from sharelora_serve.adapters.residency import Waiting
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.merge import fold_adapter
+from sharelora_serve.engine.merge_policy import MergePolicy
+from sharelora_serve.engine.merger import Merger
 from sharelora_serve.engine.request import (
     FinishReason,
     Request,
@@ -37,7 +40,7 @@ from sharelora_serve.kernels.batch import BLOCK_SIZE
 from sharelora_serve.kernels.cpu import CpuKernels
 from sharelora_serve.models.config import load_model_config
 from sharelora_serve.models.decoder import Decoder
-from sharelora_serve.models.loader import load_weights
+from sharelora_serve.models.loader import ModelWeights, fold_weights, load_weights
 
 MAX_BLOCKS = 64
 """KV blocks that the model has; an engine may be given fewer."""
@@ -171,22 +174,55 @@ class TinyModel:
         prefill_chunk: int = 32,
         max_queue: int = 1024,
         prefix_caching: bool = True,
+        merge_policy: MergePolicy | None = None,
     ) -> Iterator["SteppedEngine"]:
-        """An engine with these adapters; memory that it has not written is NaN."""
+        """An engine with these adapters; memory that it has not written is NaN.
+
+        With a policy adapters are merged by traffic; whatever happens, the base is restored.
+        """
         wake = threading.Event()
         pool = MatrixPool(adapter_bytes, self.layout.feature_counts, self.dtype, CPU)
         pool.arena[pool._allocator.num_reserved :] = torch.nan
         for part in self.decoder._kv_cache:
             part.fill(_NAN_BITS[str(part.dtype)])
-        adapters = AdapterCache(self.layout, pool, host_bytes, on_change=wake.set)
+        versions: dict[str, AdapterVersion] = {}
+        folders: dict[str, Path] = {}  # by digest
+
+        def publish(name: str, folder: Path) -> AdapterVersion:
+            adapter = read_adapter(folder, self.layout, name=name)
+            pool.check(adapter)
+            version, previous = AdapterVersion(name, adapter.digest), versions.get(name)
+            versions[name], folders[adapter.digest] = version, folder
+            adapters.admit(version, adapter)
+            if previous is not None:
+                adapters.dismiss(previous)
+            return version
+
+        adapters = AdapterCache(
+            self.layout,
+            pool,
+            host_bytes,
+            lambda version: read_adapter(folders[version.digest], self.layout, name=version.name),
+            on_change=wake.set,
+        )
+        base, merger = self.decoder.weights, None
         try:
             for name in names:
-                adapters.publish(name, self.adapters_folder / name)
+                publish(name, self.adapters_folder / name)
             kv_cache = KVCache(num_blocks + 1, BLOCK_SIZE, prefix_caching=prefix_caching)
             merged = None
             if self.merged is not None:
-                version = adapters.publish(self.merged, self.adapters_folder / self.merged)
+                version = publish(self.merged, self.adapters_folder / self.merged)
                 merged = (version, _acquire(adapters, version, wake))
+            runner = Runner(self.decoder, pool.arena, merged, CPU)
+            if merge_policy is not None:
+                merger = Merger(
+                    runner,
+                    base,
+                    adapters,
+                    merge_policy,
+                    fold_weights=self._fold,
+                )
             engine = Engine(
                 base_name="tiny",
                 tokenizer=self.tokenizer,
@@ -204,27 +240,61 @@ class TinyModel:
                     max_batch_tokens=max_batch_tokens,
                     prefill_chunk=prefill_chunk,
                 ),
-                runner=Runner(self.decoder, pool.arena, merged, CPU),
+                runner=runner,
                 sampler=self.sampler,
+                merger=merger,
                 prepare_thread=lambda: None,
                 wake=wake,
+                close=adapters.close,
             )
-            yield SteppedEngine(engine, pool, wake, num_held=int(merged is not None))
+            yield SteppedEngine(engine, pool, wake, versions, publish, int(merged is not None))
         finally:
+            if merger is not None:
+                merger.close()
+            self.decoder.weights = base
             adapters.close()
+
+    def _fold(self, adapter: Adapter, is_wanted: Callable[[], bool]) -> ModelWeights | None:
+        return fold_weights(
+            self.decoder.weights,
+            self.config,
+            self.dtype,
+            self.decoder._kernels,
+            device=CPU,
+            modules={module for _, module in adapter.pairs},
+            fold=fold_adapter(adapter, self.dtype),
+            is_wanted=is_wanted,
+        )
 
 
 class SteppedEngine:
-    """An engine without its thread; adapters load between steps, so that runs repeat exactly."""
+    """An engine without its thread; adapters load between steps, so that runs repeat exactly.
+
+    versions  what each adapter's name stands for
+    publish   gives a name a folder's adapter
+    """
 
     def __init__(
-        self, engine: Engine, pool: MatrixPool, wake: threading.Event, *, num_held: int
+        self,
+        engine: Engine,
+        pool: MatrixPool,
+        wake: threading.Event,
+        versions: dict[str, AdapterVersion],
+        publish: Callable[[str, Path], AdapterVersion],
+        num_held: int,
     ) -> None:
         self.engine = engine
         self.pool = pool
+        self.versions = versions
+        self.publish = publish
         self.answers: dict[str, Answer] = {}
         self._wake = wake
         self._num_held = num_held  # adapters that are never released: the merged one
+
+    @property
+    def fold(self) -> Any:
+        """What is merged by traffic, or on the way to it."""
+        return self.engine._merger._fold if self.engine._merger is not None else None
 
     def submit(
         self, request_id: str, adapter: str | None, prompt_ids: list[int], **sampling: Any
@@ -233,7 +303,7 @@ class SteppedEngine:
         answer = self.answers[request_id] = Answer()
         request = Request(
             request_id=request_id,
-            adapter=None if adapter is None else self.engine.adapters.resolve(adapter),
+            adapter=None if adapter is None else self.versions[adapter],
             prompt_ids=prompt_ids,
             sampling=SamplingParams(**sampling),
             arrived_at=time.monotonic(),
@@ -242,11 +312,17 @@ class SteppedEngine:
         self.engine._inbox.append(request)
         return request
 
+    def remove(self, name: str) -> None:
+        """Take an adapter's name away from its version."""
+        self.engine.adapters.dismiss(self.versions.pop(name))
+
     def step(self) -> bool:
         """What the engine's thread does in one turn, books checked; False if nothing could run."""
         self.engine._take_inbox()
         did_something = self.engine._step()
         self._finish_loads()
+        if self.fold is not None:
+            concurrent.futures.wait([self.fold.weights], _PATIENCE_SECONDS)
         scheduler = self.engine._scheduler
         live = [entry.request for entry in scheduler._entries.values()]
         self.engine._kv_cache.check_integrity(live)
@@ -280,7 +356,8 @@ class SteppedEngine:
         assert (stats.num_running, stats.num_waiting, stats.kv_blocks_used) == (0, 0, 0)
         assert not engine._requests
         assert not engine._prompt_logprobs
-        assert sum(entry.num_uses for entry in engine.adapters._entries.values()) == self._num_held
+        num_held = self._num_held + (self.fold is not None)
+        assert sum(entry.num_uses for entry in engine.adapters._entries.values()) == num_held
         self.pool.check_integrity()
 
     def _finish_loads(self) -> None:

@@ -114,7 +114,7 @@ def test_an_adapter_that_fails_to_load_fails_its_requests_alone(tiny: Tiny, tmp_
     weights = path / "adapter_model.safetensors"
     with tiny.model.engine(NAMES, host_bytes=1) as engine:  # so that each load reads the disk
         expected = {name: greedy(engine, name) for name in (None, "lora")}
-        engine.engine.adapters.publish("damaged", path)
+        engine.publish("damaged", path)
         whole = weights.read_bytes()
         weights.write_bytes(whole[:-100])
         for name in ("damaged", "lora", None):
@@ -130,6 +130,7 @@ def test_an_adapter_that_fails_to_load_fails_its_requests_alone(tiny: Tiny, tmp_
             assert engine.answers[f"beside {name}"].token_ids == expected[name]
             assert greedy(engine, name) == expected[name]
         weights.write_bytes(whole)
+        engine.publish("damaged", path)  # so that it is tried again at once
         assert greedy(engine, "damaged") != expected[None]
 
 
@@ -172,7 +173,7 @@ def test_an_adapter_that_overflows_fails_its_requests_alone_and_leaves_nothing_b
     # Few blocks, so that the next requests get those that it filled with NaN.
     with tiny.model.engine(NAMES, num_blocks=10, prefix_caching=False) as engine:
         expected = {name: greedy(engine, name) for name in (None, "lora")}
-        engine.engine.adapters.publish("huge", path)
+        engine.publish("huge", path)
         engine.submit("plain", "huge", PROMPT[:20], max_tokens=5, temperature=0.0)
         engine.submit("echoed", "huge", PROMPT[:20], max_tokens=5, prompt_logprobs=0)
         for name in (None, "lora"):

@@ -345,6 +345,20 @@ def test_request_without_room_is_not_overtaken_for_ever() -> None:
     assert rig.finished == set(rig.requests)
 
 
+def test_scheduler_tells_that_an_adapter_finds_no_room_and_when_that_is_over() -> None:
+    rig = Rig(shelf=Shelf(room=1), max_running=4)
+    rig.add(3, A, max_tokens=9)
+    rig.step()
+    assert not rig.scheduler.lacks_room
+    waiting = rig.add(3, B)
+    rig.step()
+    assert rig.scheduler.lacks_room
+    while not waiting.block_table:
+        assert waiting not in rig.finished
+        rig.step()
+    assert not rig.scheduler.lacks_room
+
+
 def test_room_that_a_starved_request_needs_is_not_kept_for_those_behind() -> None:
     rig = Rig(shelf=Shelf(room=2, load_ticks=2), max_running=3)
     rig.shelf.sizes[C.digest] = 2

@@ -104,3 +104,15 @@ def test_packed_weight_keeps_no_tie_to_the_one_it_was_given(
     out = torch.full((3, 32), float("nan"))
     PARTS[parts].kernels.linear(x, stored, out)
     assert torch.equal(out[:, :24], x @ weight.float().T)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(16, 8), (50, 37), (1, 1), (131, 64)])
+def test_a_weight_comes_back_bit_for_bit_from_its_packed_form(
+    dtype: torch.dtype, shape: tuple[int, int], seed: int
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    for parts in PARTS.values():
+        unpacked = parts.kernels.unpack(packed(parts, weight), shape[0], dtype)
+        assert unpacked.dtype == dtype
+        assert torch.equal(unpacked.contiguous().view(torch.uint8), weight.view(torch.uint8))

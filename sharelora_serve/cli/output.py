@@ -1,0 +1,32 @@
+"""What commands print for people: tables, and lines of a name and a value."""
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
+from rich.table import Table
+
+NUM_DIGEST_CHARACTERS = 12
+"""Of a digest in tables of several adapters."""
+
+
+def show(what: Table | str) -> None:
+    """Print to standard output; markup in names and paths stays text."""
+    Console(markup=False, highlight=False).print(what, soft_wrap=isinstance(what, str))
+
+
+def named_values(*rows: tuple[str, str]) -> str:
+    """One line for each; never broken, so that a digest can be copied."""
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {value}" for name, value in rows)
+
+
+def progress_bar(*columns: ProgressColumn) -> Progress:
+    """A bar on standard error, and what else it shows; none where that is no terminal."""
+    console = Console(stderr=True)
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        *columns,
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

@@ -1,0 +1,186 @@
+"""The watched folder: what is dropped, replaced, half written, broken or removed there."""
+
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from sharelora_serve.adapters.folder import AdapterFolder
+from sharelora_serve.adapters.naming import AdapterName
+from sharelora_serve.errors import ModelNotFoundError
+from tests.adapters.shelves import PATIENCE_SECONDS, Content, write_content
+from tests.adapters.test_registry import Office, opened
+
+ONE, TWO = Content(1, rank=8), Content(2, rank=8)
+ACME = AdapterName(None, "acme")
+
+
+class Watched:
+    """A folder of adapters, the office that serves it, and what it serves."""
+
+    def __init__(self, path: Path, office: Office) -> None:
+        self.path = path
+        self.office = office
+        self.folder = AdapterFolder(path, office.registry)
+
+    def digest(self) -> str | None:
+        """Of what acme stands for; None if there is none."""
+        try:
+            return self.office.registry.find(ACME).version.digest
+        except ModelNotFoundError:
+            return None
+
+    def wait_for(self, condition: Callable[[], bool]) -> float:
+        """How many seconds it took."""
+        started_at = time.monotonic()
+        while not condition():
+            assert time.monotonic() < started_at + PATIENCE_SECONDS, "it never came to that"
+            time.sleep(0.02)
+        return time.monotonic() - started_at
+
+    def put(self, content: Content, name: str = "acme") -> None:
+        """Replace the folder of a name in one go."""
+        new = write_content(self.path.parent / "new", content)
+        shutil.rmtree(self.path / name, ignore_errors=True)
+        new.rename(self.path / name)
+
+
+@contextmanager
+def watched(tmp_path: Path) -> Iterator[Watched]:
+    path = tmp_path / "adapters"
+    path.mkdir(exist_ok=True)
+    with opened(tmp_path) as office:
+        watched = Watched(path, office)
+        watched.folder.publish_all()
+        try:
+            yield watched
+        finally:
+            watched.folder.close()
+
+
+@pytest.fixture
+def live(tmp_path: Path) -> Iterator[Watched]:
+    with watched(tmp_path) as live:
+        live.folder.start()
+        yield live
+
+
+def digest_of(office: Office, content: Content) -> str:
+    probe = AdapterName("probe", "probe")
+    digest = office.publish(probe, content).version.digest
+    office.registry.remove(probe)
+    return digest
+
+
+def test_dropped_replaced_and_removed_folders_take_effect(live: Watched) -> None:
+    one, two = (digest_of(live.office, content) for content in (ONE, TWO))
+    live.put(ONE)
+    live.wait_for(lambda: live.digest() == one)
+    live.put(TWO)
+    live.wait_for(lambda: live.digest() == two)
+    assert len(live.office.registry.versions(ACME)) == 2
+    shutil.rmtree(live.path / "acme")
+    live.wait_for(lambda: live.digest() is None)
+
+
+def test_half_written_folder_is_waited_for_and_told_to_nobody(
+    live: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = digest_of(live.office, ONE)
+    whole = write_content(live.path.parent / "whole", ONE)
+    target = live.path / "acme"
+    target.mkdir()
+    weights = (whole / "adapter_model.safetensors").read_bytes()
+    with (target / "adapter_model.safetensors").open("wb") as file:
+        for start in range(0, len(weights), len(weights) // 6):  # for longer than it may settle
+            file.write(weights[start : start + len(weights) // 6])
+            file.flush()
+            assert live.digest() is None
+            time.sleep(0.3)
+    shutil.copy(whole / "adapter_config.json", target)
+    live.wait_for(lambda: live.digest() == one)
+    assert not [record for record in caplog.records if record.levelno >= logging.ERROR]
+
+
+def test_bad_folder_is_told_once_and_the_old_version_stays_until_it_is_mended(
+    live: Watched, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = (digest_of(live.office, content) for content in (ONE, TWO))
+    live.put(ONE)
+    live.wait_for(lambda: live.digest() == one)
+    config = live.path / "acme" / "adapter_config.json"
+    text = config.read_text()
+    config.write_text(text.replace("LORA", "VERA"))
+
+    def problems() -> list[str]:
+        return [r.getMessage() for r in caplog.records if r.levelno >= logging.ERROR]
+
+    live.wait_for(lambda: bool(problems()))
+    time.sleep(2.0)
+    (problem,) = problems()
+    assert "acme is not served as it is now" in problem
+    assert "VERA" in problem
+    assert f"{one[:12]} of 'acme' is still being served" in problem
+    assert live.digest() == one
+    live.put(TWO)
+    live.wait_for(lambda: live.digest() == two)
+    assert len(problems()) == 1
+
+
+def test_one_bad_folder_does_not_keep_the_others_out(live: Watched) -> None:
+    (live.path / "bad").mkdir()
+    (live.path / "bad" / "adapter_config.json").write_text("{")
+    (live.path / "notes.txt").write_text("no adapter")
+    (live.path / ".hidden").mkdir()
+    live.put(ONE)
+    live.wait_for(lambda: live.digest() is not None)
+    assert [item.name for item in live.office.registry.adapters()] == [ACME]
+
+
+def test_restart_reads_only_what_changed_and_removes_what_is_gone(tmp_path: Path) -> None:
+    with watched(tmp_path) as live:
+        live.put(ONE)
+        live.put(TWO, "gone")
+        live.put(TWO, "stays")
+        live.folder.publish_all()
+        before = live.office.registry.find(AdapterName(None, "stays"))
+    shutil.rmtree(tmp_path / "adapters" / "gone")
+    write_content(tmp_path / "adapters" / "acme", TWO)
+    with watched(tmp_path) as live:
+        assert live.digest() == before.version.digest
+        assert live.office.registry.find(before.name) == before
+        assert len(live.office.registry.versions(before.name)) == 1
+        assert len(live.office.registry.versions(ACME)) == 2
+        assert len(live.office.registry.adapters()) == 2
+
+
+def test_adapter_that_was_deleted_over_http_does_not_come_back_with_its_unchanged_folder(
+    tmp_path: Path,
+) -> None:
+    with watched(tmp_path) as live:
+        live.put(ONE)
+        live.folder.publish_all()
+        live.office.registry.remove(ACME)
+    with watched(tmp_path) as live:
+        assert live.digest() is None
+        live.put(TWO)
+        live.folder.publish_all()
+        assert live.digest() is not None
+
+
+def test_folder_and_upload_of_one_name_leave_each_other_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with watched(tmp_path) as live:
+        one = live.office.publish(ACME, ONE).version.digest
+        live.put(TWO)
+        live.folder.publish_all()
+        assert "was uploaded already" in caplog.text
+        assert live.digest() == one
+        shutil.rmtree(live.path / "acme")
+        live.folder.publish_all()
+        assert live.digest() == one
