@@ -232,6 +232,9 @@ class AdapterStore:
         needed  digests of versions that requests may still read. No publication may be under way.
         """
         with self._writing() as database:
+            # A write even if nothing is to go: a commit that failed when it was synced is still in
+            # the log. Unless it is overwritten, a kill brings it back, then without its files.
+            database.execute("PRAGMA user_version = 1")
             unnamed = database.execute(
                 "SELECT digest FROM contents WHERE digest NOT IN (SELECT digest FROM versions)"
             ).fetchall()

@@ -244,6 +244,17 @@ def test_a_store_that_was_deleted_under_the_server_takes_no_change(
                 change()
 
 
+def test_a_collection_overwrites_what_a_failed_commit_left_in_the_log(
+    store: AdapterStore, folder: Path
+) -> None:
+    """With nothing to delete it writes all the same; every write does away with the rest."""
+    reader = sqlite3.connect(folder / "registry.sqlite3")
+    before = reader.execute("PRAGMA data_version").fetchone()
+    store.collect(())
+    assert reader.execute("PRAGMA data_version").fetchone() != before
+    reader.close()
+
+
 def test_what_is_no_file_of_factors_holds_up_no_collection(
     store: AdapterStore, folder: Path, contents: list[Adapter]
 ) -> None:
