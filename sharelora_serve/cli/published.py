@@ -273,7 +273,8 @@ def _details(adapter: dict[str, Any]) -> str:
 
 
 def _where(adapter: dict[str, Any]) -> str:
-    return f"{adapter['residency']}{', pinned' * adapter['pinned']}"
+    residency = adapter["residency"] or "not told"  # to a tenant, of a public adapter
+    return f"{residency}{', pinned' * adapter['pinned']}"
 
 
 def _curl_line(model: str, url: str, api_key: str | None) -> str:

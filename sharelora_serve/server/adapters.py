@@ -305,6 +305,10 @@ class AdapterRoutes:
     def _describe(self, request: Request, published: Published) -> dict[str, Any]:
         caller, context = _caller(request), _context(request)
         summary, name = published.summary, caller.shown(published.name)
+        # A public adapter is where it is, and used as it is, by whatever all tenants ask of it.
+        is_told = caller.is_admin or published.name.owner is not None
+        residency = context.engine.adapters.tier(published.version)
+        counts = context.metrics.usage.of(published.name.text)
         return {
             "id": name,
             "object": "adapter",
@@ -316,7 +320,7 @@ class AdapterRoutes:
             "created_at": int(published.created_at),
             "from_folder": published.is_from_folder,
             "pinned": published.is_pinned,
-            "residency": context.engine.adapters.tier(published.version),
+            "residency": residency if is_told else None,
             "sharing": summary.sharing,
             "shares_qkv": summary.shares_qkv,
             "ranks": list(summary.ranks),
@@ -325,7 +329,7 @@ class AdapterRoutes:
             "num_factors": summary.num_factors,
             "bytes_stored": summary.stored_bytes,
             "bytes_expanded": summary.expanded_bytes,
-            "counts": asdict(context.metrics.usage.of(published.name.text)),
+            "counts": asdict(counts) if is_told else None,
         }
 
 
