@@ -34,6 +34,7 @@ _MOST_PINNED = 0.5
 # How long after a change the files that it left without a name are looked for, so that many
 # changes cost one look; and how often they are looked for while running requests may need them.
 _COLLECT_SECONDS = 2.0
+_RETRY_SECONDS = 30.0  # after a disk failed
 
 
 class AdapterRegistry:
@@ -358,6 +359,8 @@ class AdapterRegistry:
                     num_files, num_bytes, num_spared = self._store.collect(needed)
             except (ServeError, OSError) as error:
                 logger.warning("files that no adapter needs could not be deleted: %s", error)
+                self._is_closed.wait(_RETRY_SECONDS)
+                self._has_changed.set()
                 continue
             if num_files:
                 logger.info("deleted %d files of %d bytes in the store", num_files, num_bytes)

@@ -65,7 +65,8 @@ class AdapterStore:
         """
         self._folder = folder
         self._layout = layout
-        self._lock = Lock()  # one transaction at a time on the one connection
+        # A connection each, so that a load never waits for another's commit to be synced.
+        self._lock, self._reading_lock = Lock(), Lock()
         # Not of this thread alone: the one that closes the store may be another.
         self._owner = FileLock(folder / "lock", timeout=0, thread_local=False)
         try:
@@ -78,6 +79,8 @@ class AdapterStore:
                 self._database = connect(folder)
                 undo.callback(self._database.close)
                 self._prepare()
+                self._reader = connect(folder, is_read_only=True)
+                undo.callback(self._reader.close)
                 self._opened = registry_in(folder).stat()
                 undo.pop_all()
         except Timeout:
@@ -93,7 +96,8 @@ class AdapterStore:
 
     def close(self) -> None:
         """Let another server open the store."""
-        with self._lock:
+        with self._lock, self._reading_lock:
+            self._reader.close()
             self._database.close()
         self._owner.release()
 
@@ -269,9 +273,9 @@ class AdapterStore:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._reading_lock:
             try:
-                yield self._database
+                yield self._reader
             except sqlite3.Error as error:
                 raise StorageError(f"the store's registry cannot be read: {error}") from None
 
