@@ -200,8 +200,7 @@ class AdapterRoutes:
         """As vLLM's: remove an adapter."""
         require_admin(_caller(request))
         fields = parse_body(await read_body(request, self._config.max_request_bytes), UnloadFields)
-        name = creatable(_caller(request), _registry(request), fields.lora_name)
-        await self._remove(request, name, None)
+        await self._remove(request, _changeable(request, fields.lora_name), None)
         return PlainTextResponse(
             f"Success: LoRA adapter '{fields.lora_name}' removed successfully."
         )
