@@ -1,10 +1,15 @@
-"""python -m loadtest adapters | throughput | gaps | memory | pool; each measure prints JSON."""
+"""python -m loadtest COMMAND: measures a running server, or makes adapters to measure it with.
+
+uploads, reloads, tiers and merging check answers too: they print a table, and exit with 1 if an
+answer was wrong or a request failed. The others print JSON.
+"""
 
 import asyncio
 import json
 import random
 import statistics
 import time
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,12 +18,19 @@ import httpx
 import typer
 
 from loadtest.client import Timeline, make_client, random_prompt, stream
+from loadtest.merging import measure_merging
+from loadtest.reloads import Plan, measure_reloads
+from loadtest.report import Report
+from loadtest.tiers import Load, measure_tiers
+from loadtest.uploads import measure_uploads
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 Url = Annotated[str, typer.Option(help="Address of the server, such as http://127.0.0.1:8000.")]
 Base = Annotated[str, typer.Option(help="Name of the base.")]
+AdapterFolder = Annotated[Path, typer.Option(help="A folder of PEFT's or ShareLoRA's.")]
 DEFAULT_URL, DEFAULT_BASE = "http://127.0.0.1:8000", "SmolLM2-135M-Instruct"
+EXAMPLE = Path("adapters/banking77-intent")
 
 
 @app.command()
@@ -149,6 +161,94 @@ def pool(url: Url = DEFAULT_URL) -> None:
     wanted = ("sharelora_adapter_memory", "sharelora_adapter_dedupe", "sharelora_adapters_")
     lines = [line.split(" ") for line in text.splitlines() if line.startswith(wanted)]
     _show(**{name: float(value) for name, value in lines})
+
+
+@app.command()
+def uploads(
+    url: Url = DEFAULT_URL,
+    adapter: AdapterFolder = EXAMPLE,
+    rounds: int = 20,
+    prompt_words: int = 16,
+) -> None:
+    """How long an upload takes, and how soon after it the adapter's first token comes."""
+    _tell(lambda: measure_uploads(url, adapter, rounds, prompt_words))
+
+
+@app.command()
+def reloads(
+    url: Url = DEFAULT_URL,
+    adapter: AdapterFolder = EXAMPLE,
+    rounds: int = 4,
+    publications: int = 100,
+    roll_backs: int = 20,
+    pause_seconds: float = 0.2,
+    quiet_seconds: float = 15.0,
+    streams: int = 16,
+    prompt_words: int = 16,
+    new_tokens: int = 32,
+) -> None:
+    """What publications and rollbacks of an adapter cost the streams to it."""
+    plan = Plan(
+        rounds=rounds,
+        publications=publications,
+        roll_backs=roll_backs,
+        pause_seconds=pause_seconds,
+        quiet_seconds=quiet_seconds,
+        streams=streams,
+        prompt_words=prompt_words,
+        new_tokens=new_tokens,
+    )
+    _tell(lambda: measure_reloads(url, adapter, plan))
+
+
+@app.command()
+def tiers(
+    url: Url = DEFAULT_URL,
+    resident_url: Annotated[
+        str | None, typer.Option(help="Of a second server, with room for every adapter.")
+    ] = None,
+    num_adapters: int = 2000,
+    exponent: Annotated[float, typer.Option(help="Of the power law; 1 is uniform.")] = 0.3,
+    requests: int = 600,
+    rounds: int = 4,
+    streams: int = 16,
+    prompt_words: int = 8,
+    new_tokens: int = 32,
+    seed: int = 0,
+) -> None:
+    """Power-law traffic to adapters t000, t001, ..., of which few fit the device's memory."""
+    load = Load(
+        num_adapters=num_adapters,
+        exponent=exponent,
+        requests=requests,
+        rounds=rounds,
+        streams=streams,
+        prompt_words=prompt_words,
+        new_tokens=new_tokens,
+        seed=seed,
+    )
+    _tell(lambda: measure_tiers(url, resident_url, load))
+
+
+@app.command()
+def merging(
+    url: Url = DEFAULT_URL,
+    base: Base = DEFAULT_BASE,
+    adapter: Annotated[str, typer.Option(help="Name of the one to merge.")] = EXAMPLE.name,
+    rounds: int = 3,
+) -> None:
+    """What merging by traffic gains one adapter, on a server with --merge auto."""
+    _tell(lambda: measure_merging(url, base, adapter, rounds))
+
+
+def _tell(measure: Callable[[], Report]) -> None:
+    """Print what was measured; exit with 1 if it failed, or could not be measured at all."""
+    try:
+        report = measure()
+    except RuntimeError as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
+    report.end()
 
 
 def _resident_mib(pid: int) -> float:

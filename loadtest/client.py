@@ -1,7 +1,9 @@
 """One streamed completion, and when each of its tokens came."""
 
+import json
 import random
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 
@@ -15,10 +17,12 @@ WORDS = (
 
 @dataclass(slots=True)
 class Timeline:
-    """When a request was sent and when each of its events came, in seconds of perf_counter."""
+    """What a request was answered, by which version, and when, in seconds of perf_counter."""
 
     sent_at: float
     tokens_at: list[float] = field(default_factory=list)
+    text: str = ""
+    version: str = ""
 
     @property
     def first_token_seconds(self) -> float:
@@ -41,8 +45,18 @@ def random_prompt(num_words: int, generator: random.Random) -> str:
     return " ".join(generator.choice(WORDS) for _ in range(num_words))
 
 
+def percentile(values: Iterable[float], percent: float) -> float:
+    """The least of the values that so many percent of them do not exceed; not of nothing."""
+    ordered = sorted(values)
+    index = -int(-percent * len(ordered) // 100) - 1
+    return ordered[max(0, index)]
+
+
 async def stream(client: httpx.AsyncClient, model: str, prompt: str, num_tokens: int) -> Timeline:
-    """Greedy, exactly num_tokens new tokens; raises RuntimeError with the server's refusal."""
+    """Greedy, exactly num_tokens new tokens.
+
+    Raises RuntimeError when it is refused, fails or breaks off, with what the server said.
+    """
     body = {
         "model": model,
         "prompt": prompt,
@@ -53,10 +67,30 @@ async def stream(client: httpx.AsyncClient, model: str, prompt: str, num_tokens:
         "stream": True,
     }
     timeline = Timeline(time.perf_counter())
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            raise RuntimeError(f"{response.status_code}: {(await response.aread()).decode()}")
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                timeline.tokens_at.append(time.perf_counter())
+    is_whole = False
+    try:
+        async with client.stream("POST", "/v1/completions", json=body) as response:
+            if response.status_code != 200:
+                raise RuntimeError(f"{response.status_code}: {(await response.aread()).decode()}")
+            timeline.version = response.headers.get("x-adapter-version", "")
+            async for line in response.aiter_lines():
+                if line.startswith("data: {"):
+                    is_whole = _note(timeline, json.loads(line.removeprefix("data: ")))
+    except httpx.HTTPError as error:
+        raise RuntimeError(f"the connection failed: {error!r}") from None
+    if not is_whole:
+        raise RuntimeError(f"the answer breaks off after {len(timeline.tokens_at)} tokens")
     return timeline
+
+
+def _note(timeline: Timeline, event: dict[str, object]) -> bool:
+    """Take in an event of a stream; True for the last one of an answer that is whole."""
+    choices = event.get("choices")
+    if not isinstance(choices, list):
+        raise RuntimeError(f"the stream failed: {event}")
+    (choice,) = choices
+    # The end comes with the last token, and by itself only if no token has a text.
+    if choice["text"] or not timeline.tokens_at:
+        timeline.tokens_at.append(time.perf_counter())
+    timeline.text += choice["text"]
+    return bool(choice["finish_reason"] == "length")

@@ -23,10 +23,6 @@ from sharelora_serve.priority import lower_priority
 
 logger = logging.getLogger(__name__)
 
-# A load that failed is tried again after this many seconds, then after twice as many, and so on.
-_FIRST_RETRY_SECONDS = 0.5
-_LAST_RETRY_SECONDS = 30.0
-
 # A request that waits for its adapter waits a little longer, so that running ones go on as before.
 _NICENESS = 10
 
@@ -83,7 +79,7 @@ class AdapterCache:
         with self._lock:
             entry = self._entries.setdefault(version.key, Entry(version))
             entry.num_names += 1
-            entry.failure, entry.num_failures = None, 0
+            entry.forget_failures()
             if adapter is not None:
                 self._keep_on_host(entry, adapter)
 
@@ -122,10 +118,8 @@ class AdapterCache:
     def tier(self, version: AdapterVersion) -> Tier:
         """The fastest place that holds the version now."""
         with self._lock:
-            entry = self._entries.get(version.key, Entry(version))
-            if entry.resident is not None:
-                return Tier.DEVICE
-            return Tier.HOST if entry.adapter is not None else Tier.DISK
+            entry = self._entries.get(version.key)
+            return Tier.DISK if entry is None else entry.tier
 
     def digests(self) -> set[str]:
         """Of all versions that are known, whose files a request may still need."""
@@ -357,13 +351,10 @@ class AdapterCache:
             if resident is not None:
                 entry.resident = resident
                 self._host_hits += is_from_host
-                entry.failure, entry.num_failures = None, 0
+                entry.forget_failures()
             if failure is not None:
                 self._failures += 1
-                entry.failure = failure
-                seconds = _FIRST_RETRY_SECONDS * 2 ** min(entry.num_failures, 16)
-                entry.retry_at = time.monotonic() + min(seconds, _LAST_RETRY_SECONDS)
-                entry.num_failures += 1
+                entry.note_failure(failure, time.monotonic())
             self._rest(entry)
             self._settle(entry)
 

@@ -165,10 +165,13 @@ class FactorFiles:
         }
 
     def delete_all_but(self, files: Collection[str]) -> tuple[int, int]:
-        """Delete every file with another name; return how many there were, and their bytes."""
+        """Delete every file with another name; return how many there were, and their bytes.
+
+        Raises OSError.
+        """
         num_files = num_bytes = 0
         for entry in os.scandir(self._factors):
-            if entry.name not in files:
+            if entry.name not in files and not entry.is_dir():  # such as lost+found
                 num_bytes += entry.stat().st_size
                 num_files += 1
                 os.unlink(entry.path)
@@ -177,7 +180,7 @@ class FactorFiles:
     def damaged(self) -> list[str]:
         """What is wrong with the files by themselves: each must have the digest it is named by."""
         problems = []
-        for path in sorted(self._factors.glob("*")):
+        for path in sorted(path for path in self._factors.glob("*") if not path.is_dir()):
             try:
                 digest = _digest(path)
             except FileNotFoundError:  # collected by a server meanwhile

@@ -145,8 +145,7 @@ class AdapterFolder:
         for name, change in list(self._changes.items()):
             age = time.monotonic() - change.since
             if not change.fingerprint:
-                if age >= _GONE_SECONDS:
-                    self._remove(name)
+                if age >= _GONE_SECONDS and self._remove(name):
                     del self._changes[name]
             elif age >= (_PATIENCE_SECONDS if change.was_tried else _SETTLE_SECONDS):
                 if self._try(name, change.fingerprint, is_last=change.was_tried):
@@ -182,11 +181,20 @@ class AdapterFolder:
         )
         return True
 
-    def _remove(self, name: str) -> None:
-        self._registry.forget_folder(name)
+    def _remove(self, name: str) -> bool:
+        """Forget a subfolder that is gone; False if that failed and is to be tried again."""
+        try:
+            self._registry.forget_folder(name)
+        except StorageError as error:
+            logger.error(
+                "adapter %s is still served: its folder is gone, but %s", name, error.message
+            )
+            self._changes[name] = _Change("", time.monotonic() + _STORAGE_SECONDS)
+            return False
         self._known.pop(name, None)
         self._refused.pop(name, None)
         logger.info("adapter %s: its folder is gone", name)
+        return True
 
 
 def _fingerprint(folder: Path) -> str:
@@ -197,7 +205,7 @@ def _fingerprint(folder: Path) -> str:
     for path in sorted(folder.rglob("*")):
         try:
             status = path.stat()
-        except FileNotFoundError:  # it went while it was looked at, so this is no state to read
+        except OSError:  # it went meanwhile, or is a link that leads nowhere: nothing to read
             continue
         text = f"{path.relative_to(folder)} {status.st_size} {status.st_mtime_ns} {status.st_ino}"
         digest.update(text.encode(errors="surrogateescape"))

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from threading import Event, Lock, Thread
 
@@ -13,15 +13,16 @@ from sharelora_serve.adapters.format import read_adapter
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import AdapterName, check_name
 from sharelora_serve.adapters.pool import MatrixPool
+from sharelora_serve.adapters.published import Published, choose_version
 from sharelora_serve.adapters.store import AdapterStore, StoredVersion
-from sharelora_serve.adapters.summary import AdapterSummary, summarise
+from sharelora_serve.adapters.summary import summarise
 from sharelora_serve.errors import (
     AdapterExistsError,
     AdapterInvalidError,
-    InvalidRequestError,
     ModelNotFoundError,
     PinsFullError,
     ServeError,
+    StorageError,
     VersionMismatchError,
 )
 
@@ -33,20 +34,7 @@ _MOST_PINNED = 0.5
 # How long after a change the files that it left without a name are looked for, so that many
 # changes cost one look; and how often they are looked for while running requests may need them.
 _COLLECT_SECONDS = 2.0
-
-_FEWEST_DIGEST_CHARACTERS = 8  # that a version may be called by
-
-
-@dataclass(frozen=True, slots=True)
-class Published:
-    """What one name stands for now; `created_at` in Unix seconds."""
-
-    name: AdapterName
-    version: AdapterVersion
-    summary: AdapterSummary
-    is_pinned: bool
-    is_from_folder: bool
-    created_at: float
+_RETRY_SECONDS = 30.0  # after a disk failed
 
 
 class AdapterRegistry:
@@ -160,12 +148,7 @@ class AdapterRegistry:
         """
         check_name(name.name, self._layout.name)
         previous = self._published.get(name)
-        self._check(name, previous, must_be_new, expected)
-        if fingerprint is not None and previous is not None and not previous.is_from_folder:
-            raise AdapterExistsError(
-                f"an adapter {name.name!r} was uploaded already; delete that one, or rename the "
-                "folder"
-            )
+        self._check(name, previous, must_be_new, expected, fingerprint)
         try:
             adapter = read_adapter(path, self._layout, name=name.text)
             self._pool.check(adapter)
@@ -180,23 +163,28 @@ class AdapterRegistry:
         summary, version = summarise(adapter), _version(name, adapter.digest)
         with self._changing:
             previous = self._published.get(name)
-            self._check(name, previous, must_be_new, expected)
+            self._check(name, previous, must_be_new, expected, fingerprint)
             is_pinned = previous is not None and previous.is_pinned
             pinned_bytes = self._bytes_to_pin(name, adapter) if is_pinned else 0
-            created_at = self._store.publish(
-                name,
-                adapter,
-                summary,
-                keep_versions=self._keep_versions,
-                fingerprint=fingerprint,
-            )
+            try:
+                created_at = self._store.publish(
+                    name,
+                    adapter,
+                    summary,
+                    keep_versions=self._keep_versions,
+                    fingerprint=fingerprint,
+                )
+            except StorageError:
+                self._has_changed.set()  # it may have moved files in before the registry refused
+                raise
             self._cache.admit(version, adapter)
             is_from_folder = fingerprint is not None
             if previous is not None:
                 is_from_folder = previous.is_from_folder
             published = Published(name, version, summary, is_pinned, is_from_folder, created_at)
             self._switch(previous, published, pinned_bytes)
-        self._cache.prefetch(version)
+        if fingerprint is None:  # whoever uploads is about to ask; of a whole folder few are asked
+            self._cache.prefetch(version)
         return published
 
     def remove(self, name: AdapterName, *, expected: str | None = None) -> None:
@@ -208,9 +196,7 @@ class AdapterRegistry:
             published = self.find(name)
             self._check(name, published, None, expected)
             self._store.remove(name)
-            with self._lock:
-                del self._published[name]
-            self._let_go(published)
+            self._drop(published)
 
     def set_pinned(self, name: AdapterName, is_pinned: bool) -> Published:
         """Keep an adapter on the device, whatever its version, or no longer.
@@ -219,12 +205,12 @@ class AdapterRegistry:
         """
         with self._changing:
             published = self.find(name)
-            if published.is_pinned == is_pinned:
-                return published
             num_bytes = 0
             if is_pinned:
                 num_bytes = self._bytes_to_pin(name, self._cache.adapter(published.version))
             self._store.set_pinned(name, is_pinned)
+            if published.is_pinned == is_pinned:  # as far as is known here: see _pin_again
+                return published
             changed = replace(published, is_pinned=is_pinned)
             with self._lock:
                 self._published[name] = changed
@@ -250,7 +236,7 @@ class AdapterRegistry:
         with self._changing:
             published = self.find(name)
             self._check(name, published, None, expected)
-            digest = _choose(self._store.versions(name), published.version.digest, version)
+            digest = choose_version(self._store.versions(name), published.version.digest, version)
             adapter = self._store.read(digest)  # what cannot be read is not rolled back to
             self._pool.check(adapter)
             num_bytes = self._bytes_to_pin(name, adapter) if published.is_pinned else 0
@@ -266,11 +252,15 @@ class AdapterRegistry:
         return self._store.folders()
 
     def forget_folder(self, folder: str) -> None:
-        """A watched folder is gone, and so is the adapter that it made, if it is there still."""
-        self._store.forget_folder(folder)
-        published = self._published.get(AdapterName(None, folder))
-        if published is not None and published.is_from_folder:
-            self.remove(published.name)
+        """A watched folder is gone, and so is the adapter that it made, if it is there still.
+
+        Raises StorageError.
+        """
+        with self._changing:
+            self._store.forget_folder(folder)
+            published = self._published.get(AdapterName(None, folder))
+            if published is not None and published.is_from_folder:
+                self._drop(published)
 
     def _find(self, names: Sequence[AdapterName]) -> Published:
         for name in names:
@@ -285,7 +275,13 @@ class AdapterRegistry:
         published: Published | None,
         must_be_new: bool | None,
         expected: str | None,
+        fingerprint: str | None = None,
     ) -> None:
+        if fingerprint is not None and published is not None and not published.is_from_folder:
+            raise AdapterExistsError(
+                f"an adapter {name.name!r} was uploaded already; delete that one, or rename the "
+                "folder"
+            )
         if must_be_new and published is not None:
             raise AdapterExistsError(
                 f"there is an adapter {name.name!r} already; publish a new version of it with "
@@ -314,6 +310,12 @@ class AdapterRegistry:
             self._published[new.name] = new
         if previous is not None:
             self._let_go(previous)
+
+    def _drop(self, published: Published) -> None:
+        """Let requests no longer find a name."""
+        with self._lock:
+            del self._published[published.name]
+        self._let_go(published)
 
     def _let_go(self, published: Published) -> None:
         if published.is_pinned:
@@ -357,6 +359,8 @@ class AdapterRegistry:
                     num_files, num_bytes, num_spared = self._store.collect(needed)
             except (ServeError, OSError) as error:
                 logger.warning("files that no adapter needs could not be deleted: %s", error)
+                self._is_closed.wait(_RETRY_SECONDS)
+                self._has_changed.set()
                 continue
             if num_files:
                 logger.info("deleted %d files of %d bytes in the store", num_files, num_bytes)
@@ -366,23 +370,3 @@ class AdapterRegistry:
 
 def _version(name: AdapterName, digest: str) -> AdapterVersion:
     return AdapterVersion(name.text, digest, name.owner)
-
-
-def _choose(versions: Sequence[StoredVersion], present: str, wanted: str | None) -> str:
-    """The digest to roll back to."""
-    digests = [version.digest for version in versions]
-    if wanted is None:
-        earlier = digests[digests.index(present) + 1 :]
-        if not earlier:
-            raise InvalidRequestError(
-                "there is no version before the present one to roll back to", param="version"
-            )
-        return earlier[0]
-    found = [digest for digest in digests if digest.startswith(wanted.lower())]
-    if len(found) != 1 or len(wanted) < _FEWEST_DIGEST_CHARACTERS:
-        raise InvalidRequestError(
-            f"version: {wanted[:64]!r} is not one of this adapter's {len(digests)} versions; give "
-            f"one of {', '.join(digest[:12] for digest in digests)}",
-            param="version",
-        )
-    return found[0]

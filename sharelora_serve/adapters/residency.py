@@ -6,6 +6,10 @@ from enum import Enum, StrEnum, auto
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion
 from sharelora_serve.adapters.pool import PoolStats, Resident
 
+# A load that failed is tried again after this many seconds, then after twice as many, and so on.
+_FIRST_RETRY_SECONDS = 0.5
+_LAST_RETRY_SECONDS = 30.0
+
 
 class Waiting(Enum):
     """Why a page table is not there yet; ask again after the next change."""
@@ -74,6 +78,13 @@ class Entry:
     retry_at: float = 0.0  # time.monotonic(); until then the failure stands
 
     @property
+    def tier(self) -> Tier:
+        """The fastest place that holds it."""
+        if self.resident is not None:
+            return Tier.DEVICE
+        return Tier.HOST if self.adapter is not None else Tier.DISK
+
+    @property
     def is_held(self) -> bool:
         """Whether it must stay on the device if it is there."""
         return self.num_uses > 0 or self.is_wanted or self.num_pins > 0
@@ -82,3 +93,14 @@ class Entry:
     def is_needed(self) -> bool:
         """Whether it must stay known."""
         return self.is_held or self.num_names > 0 or self.num_bound > 0 or self.is_loading
+
+    def forget_failures(self) -> None:
+        """The next load is tried at once."""
+        self.failure, self.num_failures = None, 0
+
+    def note_failure(self, failure: str, now: float) -> None:
+        """A load failed; the wait until it may be tried again doubles each time."""
+        self.failure = failure
+        seconds = _FIRST_RETRY_SECONDS * 2 ** min(self.num_failures, 16)
+        self.retry_at = now + min(seconds, _LAST_RETRY_SECONDS)
+        self.num_failures += 1

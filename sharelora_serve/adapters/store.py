@@ -10,56 +10,25 @@ A publication writes and syncs its files first and then moves the name in one tr
 there whole or not at all, whenever the process or the machine stops.
 """
 
+import errno
 import sqlite3
 import time
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from os.path import samestat
 from pathlib import Path
 from threading import Lock
 
 from filelock import FileLock, Timeout
 
 from sharelora_serve.adapters.adapter import Adapter
+from sharelora_serve.adapters.database import SCHEMA, connect, registry_in
 from sharelora_serve.adapters.factor_files import FactorFiles, Manifest, not_written
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.summary import AdapterSummary
 from sharelora_serve.errors import ConfigurationError, StorageError
-
-_SCHEMA = """
-CREATE TABLE base (name TEXT NOT NULL, layout TEXT NOT NULL);
-CREATE TABLE contents (
-    digest TEXT PRIMARY KEY,
-    manifest TEXT NOT NULL,
-    summary TEXT NOT NULL
-) WITHOUT ROWID;
-CREATE TABLE content_files (
-    digest TEXT NOT NULL REFERENCES contents ON DELETE CASCADE,
-    file TEXT NOT NULL,
-    PRIMARY KEY (digest, file)
-) WITHOUT ROWID;
-CREATE TABLE adapters (
-    id INTEGER PRIMARY KEY,
-    owner TEXT NOT NULL,  -- '' is nobody's: public
-    name TEXT NOT NULL,
-    current TEXT NOT NULL REFERENCES contents,
-    is_pinned INTEGER NOT NULL DEFAULT 0,
-    is_from_folder INTEGER NOT NULL,  -- created by the watched folder, and goes with it
-    created_at REAL NOT NULL,
-    UNIQUE (owner, name)
-);
-CREATE TABLE versions (
-    adapter INTEGER NOT NULL REFERENCES adapters ON DELETE CASCADE,
-    digest TEXT NOT NULL REFERENCES contents,
-    number INTEGER NOT NULL,  -- grows with every publication of the adapter
-    published_at REAL NOT NULL,
-    PRIMARY KEY (adapter, digest)
-) WITHOUT ROWID;
-CREATE INDEX versions_by_digest ON versions (digest);
-CREATE TABLE folders (name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) WITHOUT ROWID;
-PRAGMA user_version = 1;
-"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +65,8 @@ class AdapterStore:
         """
         self._folder = folder
         self._layout = layout
-        self._lock = Lock()  # one transaction at a time on the one connection
+        # A connection each, so that a load never waits for another's commit to be synced.
+        self._lock, self._reading_lock = Lock(), Lock()
         # Not of this thread alone: the one that closes the store may be another.
         self._owner = FileLock(folder / "lock", timeout=0, thread_local=False)
         try:
@@ -109,6 +79,9 @@ class AdapterStore:
                 self._database = connect(folder)
                 undo.callback(self._database.close)
                 self._prepare()
+                self._reader = connect(folder, is_read_only=True)
+                undo.callback(self._reader.close)
+                self._opened = registry_in(folder).stat()
                 undo.pop_all()
         except Timeout:
             raise ConfigurationError(
@@ -123,7 +96,8 @@ class AdapterStore:
 
     def close(self) -> None:
         """Let another server open the store."""
-        with self._lock:
+        with self._lock, self._reading_lock:
+            self._reader.close()
             self._database.close()
         self._owner.release()
 
@@ -175,7 +149,8 @@ class AdapterStore:
             now = time.time()
             manifest = incoming.move_in()
             database.execute(
-                "INSERT OR IGNORE INTO contents VALUES (?, ?, ?)",
+                "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE "
+                "SET manifest = excluded.manifest, summary = excluded.summary",  # mends damage
                 (adapter.digest, manifest.to_json(), summary.to_json()),
             )
             database.executemany(
@@ -235,9 +210,12 @@ class AdapterStore:
             return dict(database.execute("SELECT name, fingerprint FROM folders").fetchall())
 
     def forget_folder(self, name: str) -> None:
-        """The watched folder of that name is gone."""
+        """The watched folder of that name is gone, and so is the adapter that it made."""
         with self._writing() as database:
             database.execute("DELETE FROM folders WHERE name = ?", (name,))
+            database.execute(
+                "DELETE FROM adapters WHERE owner = '' AND name = ? AND is_from_folder", (name,)
+            )
 
     def read(self, digest: str) -> Adapter:
         """The factors of a version, checked against its digest.
@@ -258,6 +236,9 @@ class AdapterStore:
         needed  digests of versions that requests may still read. No publication may be under way.
         """
         with self._writing() as database:
+            # A write even if nothing is to go: a commit that failed when it was synced is still in
+            # the log. Unless it is overwritten, a kill brings it back, then without its files.
+            database.execute("PRAGMA user_version = 1")
             unnamed = database.execute(
                 "SELECT digest FROM contents WHERE digest NOT IN (SELECT digest FROM versions)"
             ).fetchall()
@@ -274,7 +255,7 @@ class AdapterStore:
         database.execute("BEGIN IMMEDIATE")  # refused if the registry may only be read
         found = database.execute("PRAGMA user_version").fetchone()[0]
         if found == 0:
-            for statement in _SCHEMA.split(";\n"):
+            for statement in SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute("INSERT INTO base VALUES (?, ?)", (self._layout.name, layout))
         elif found != 1:
@@ -292,9 +273,9 @@ class AdapterStore:
 
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
-        with self._lock:
+        with self._reading_lock:
             try:
-                yield self._database
+                yield self._reader
             except sqlite3.Error as error:
                 raise StorageError(f"the store's registry cannot be read: {error}") from None
 
@@ -304,6 +285,9 @@ class AdapterStore:
         with self._lock:
             try:
                 self._database.execute("BEGIN IMMEDIATE")
+                # SQLite would go on writing to a file that was deleted.
+                if not samestat(registry_in(self._folder).stat(), self._opened):
+                    raise OSError(errno.ESTALE, "its folder was replaced while it was open")
                 yield self._database
                 self._database.execute("COMMIT")
             except BaseException as error:
@@ -312,23 +296,6 @@ class AdapterStore:
                 if isinstance(error, sqlite3.Error | OSError):
                     raise not_written(error) from None
                 raise
-
-
-def connect(folder: Path, *, is_read_only: bool = False) -> sqlite3.Connection:
-    """A connection to a store's registry."""
-    path = (folder / "registry.sqlite3").resolve()
-    database = sqlite3.connect(
-        f"{path.as_uri()}?mode={'ro' if is_read_only else 'rwc'}",
-        uri=True,
-        timeout=30.0,
-        isolation_level=None,
-        check_same_thread=False,
-    )
-    if not is_read_only:
-        database.execute("PRAGMA journal_mode = WAL")
-        database.execute("PRAGMA synchronous = FULL")
-        database.execute("PRAGMA foreign_keys = ON")
-    return database
 
 
 def _key(name: AdapterName) -> tuple[str, str]:

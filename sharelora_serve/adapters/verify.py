@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 
+from sharelora_serve.adapters.database import connect, registry_in
 from sharelora_serve.adapters.factor_files import FactorFiles, Manifest
 from sharelora_serve.adapters.naming import AdapterName
-from sharelora_serve.adapters.store import connect
 from sharelora_serve.errors import ConfigurationError, StorageError
 
 
@@ -17,7 +17,7 @@ def verify_store(folder: Path, on_content: Callable[[int, int], None]) -> list[s
     on_content(done, total) is called after each version. Changes nothing. Raises
     ConfigurationError if there is no store in the folder.
     """
-    if not (folder / "registry.sqlite3").is_file():
+    if not registry_in(folder).is_file():
         raise ConfigurationError(f"store = {str(folder)!r}: there is no store in that folder")
     files = FactorFiles(folder)
     problems: list[str] = []
@@ -25,7 +25,7 @@ def verify_store(folder: Path, on_content: Callable[[int, int], None]) -> list[s
         with closing(connect(folder, is_read_only=True)) as database:
             for problem in _problems(database, files, on_content):
                 problems.append(problem)
-    except sqlite3.Error as error:
+    except (sqlite3.Error, UnicodeDecodeError) as error:  # the latter of damage in a message
         problems.append(f"registry: {error}")
     return problems + files.damaged()
 

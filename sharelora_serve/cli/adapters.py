@@ -154,14 +154,14 @@ def verify_adapters(
     with one_message():
         folder = ServeConfig(model=model, store=store).store_folder
         with progress_bar(MofNCompleteColumn()) as progress:
-            task = progress.add_task("Checking versions", total=None)
+            task = progress.add_task("Checking versions", total=0)
             problems = verify_store(
                 folder, lambda done, total: progress.update(task, completed=done, total=total)
             )
         if problems:
             show("\n".join(problems))
             raise typer.Exit(1)
-        show(f"{folder}: every version and every file has the digest that it should have.")
+        show(f"{folder}: {progress.tasks[task].completed:.0f} versions, every digest is right")
 
 
 def _convert(

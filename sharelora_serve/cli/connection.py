@@ -30,9 +30,9 @@ ApiKey = Annotated[
 def connect(url: str, api_key: str | None) -> httpx.Client:
     """A client of the server at url, with or without a trailing /v1; it waits for slow answers.
 
-    Raises ServeError if the key is not one that a header can carry.
+    Raises ServeError if url is no address, or the key not one that a header can carry.
     """
-    base_url = url.rstrip("/").removesuffix("/v1")
+    base_url = _address(url.rstrip("/").removesuffix("/v1"))
     headers = {}
     if api_key is not None:
         # Checked here, since httpx would show the header that it refuses.
@@ -43,6 +43,16 @@ def connect(url: str, api_key: str | None) -> httpx.Client:
             )
         headers["authorization"] = f"Bearer {api_key}"
     return httpx.Client(base_url=base_url, headers=headers, timeout=httpx.Timeout(10.0, read=None))
+
+
+def _address(text: str) -> httpx.URL:
+    try:
+        address = httpx.URL(text)
+    except httpx.InvalidURL:
+        address = httpx.URL()
+    if address.scheme not in ("http", "https") or not address.host or (address.port or 1) > 65535:
+        raise ServeError(f"{text!r} is not the address of a server; give one such as {DEFAULT_URL}")
+    return address
 
 
 def check(response: httpx.Response) -> httpx.Response:

@@ -42,9 +42,10 @@ def create(
         str | None, typer.Option(help="What the list says about it, such as 'for the web shop'.")
     ] = None,
 ) -> None:
-    """Make an API key and print it, this once: the file, made if it is not there, has its hash.
+    """Make an API key and print it, this once.
 
-    A running server takes it within a second or so.
+    The file, made if it is not there, has its hash. A running server takes it within a second or
+    so.
     """
     with one_message():
         if admin == (tenant is not None):
@@ -62,7 +63,7 @@ def list_keys(
     file: KeyFilePath,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON array.")] = False,
 ) -> None:
-    """List the keys of a file: their ids and owners, never the keys themselves."""
+    """List the keys of a file: ids and owners, never the keys."""
     with one_message():
         stored = read_keys(file)
         if as_json:
@@ -88,7 +89,7 @@ def revoke(
         typer.Argument(metavar="ID", help="Id of the key, such as 3f9a1c07b2d4, from the list."),
     ],
 ) -> None:
-    """Remove a key from the file; a running server refuses it within a second or so."""
+    """Remove a key; a running server refuses it after a second or so."""
     with one_message():
         key = revoke_key(file, key_id)
         _say(

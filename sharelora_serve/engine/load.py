@@ -304,9 +304,10 @@ def _merge(
         version = registry.find(*[parsed] if parsed is not None else []).version
     except ModelNotFoundError:
         there = [published.name.text for published in registry.adapters()]
+        there += [] if folder is None else set(folder.names()) - {name, *there}
         raise ConfigurationError(
             f"merge = {name!r}: there is no such adapter that can be served; there are: "
-            f"{', '.join(there[:20]) or 'none'}"
+            f"{', '.join(sorted(there)[:20]) or 'none'}"
         ) from None
     adapter = adapters.adapter(version)
     while True:

@@ -13,7 +13,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import PlainTextResponse, Response
 
 from sharelora_serve.adapters.naming import AdapterName
-from sharelora_serve.adapters.registry import AdapterRegistry, Published
+from sharelora_serve.adapters.published import Published
+from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.adapters.unpack import unpack
 from sharelora_serve.config import ServeConfig
 from sharelora_serve.errors import (
@@ -204,8 +205,7 @@ class AdapterRoutes:
         """As vLLM's: remove an adapter."""
         require_admin(_caller(request))
         fields = parse_body(await read_body(request, self._config.max_request_bytes), UnloadFields)
-        name = creatable(_caller(request), _registry(request), fields.lora_name)
-        await self._remove(request, name, None)
+        await self._remove(request, _changeable(request, fields.lora_name), None)
         return PlainTextResponse(
             f"Success: LoRA adapter '{fields.lora_name}' removed successfully."
         )

@@ -16,7 +16,7 @@ from sharelora_serve.engine.load import Loaded
 from sharelora_serve.errors import EngineStoppedError, ServeError
 from sharelora_serve.server.adapters import AdapterRoutes
 from sharelora_serve.server.auth import AuthenticationMiddleware
-from sharelora_serve.server.body import answer_bad_query
+from sharelora_serve.server.body import answer_validation_error
 from sharelora_serve.server.codec import TextCodec
 from sharelora_serve.server.drain import Drain, DrainMiddleware
 from sharelora_serve.server.errors import ErrorAnswer, answer_http_error, answer_serve_error
@@ -69,7 +69,7 @@ def create_app(loaded: Loaded, config: ServeConfig) -> FastAPI:
     app.include_router(operations_router)
     app.add_exception_handler(ServeError, answer_serve_error)
     app.add_exception_handler(HTTPException, answer_http_error)
-    app.add_exception_handler(RequestValidationError, answer_bad_query)
+    app.add_exception_handler(RequestValidationError, answer_validation_error)
     # The last one added is the outermost: a refused request has its id too.
     app.add_middleware(
         AuthenticationMiddleware, keys=KeyFile(config.api_keys) if config.api_keys else None

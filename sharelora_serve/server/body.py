@@ -128,25 +128,25 @@ def parse_body(body: bytes, model: type[Model]) -> Model:
     try:
         parsed = model.model_validate(parse_json(body))
     except ValidationError as error:
-        raise BodyError([problem_of(item) for item in error.errors()]) from None
+        raise BodyError([_problem(item) for item in error.errors()]) from None
     if problems := list(parsed.disagreements()):
         raise BodyError(problems)
     return parsed
 
 
-async def answer_bad_query(_request: Request, error: Exception) -> AsciiJSONResponse:
-    """Exception handler for a query that FastAPI refuses, such as ?limit=many."""
+async def answer_validation_error(_request: Request, error: Exception) -> AsciiJSONResponse:
+    """Exception handler for what FastAPI finds wrong with a query's parameters."""
     assert isinstance(error, RequestValidationError), "registered for RequestValidationError"
-    # A location begins with the place: the query, which is not part of a parameter's name.
-    found = [{**item, "loc": item["loc"][1:]} for item in error.errors()]
-    return error_response(BodyError([problem_of(item) for item in found]))
+    return error_response(
+        BodyError([_problem({**item, "loc": item["loc"][1:]}) for item in error.errors()])
+    )
 
 
 OWN_CODES = frozenset({"unsupported_parameter", "unsupported_value", "invalid_type"})
 """Problem codes that validators of our own raise as they are."""
 
 
-def problem_of(item: Any) -> Problem:  # noqa: ANN401 - pydantic's ErrorDetails
+def _problem(item: Any) -> Problem:  # noqa: ANN401 - pydantic's ErrorDetails
     """One of pydantic's findings in OpenAI's words."""
     kind, param = item["type"], _path(item["loc"]) or None
     if kind == "missing":

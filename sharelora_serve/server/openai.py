@@ -8,7 +8,7 @@ from fastapi import APIRouter, Request
 from starlette.responses import Response
 
 from sharelora_serve.adapters.adapter import AdapterVersion
-from sharelora_serve.adapters.registry import Published
+from sharelora_serve.adapters.published import Published
 from sharelora_serve.config import ServeConfig
 from sharelora_serve.errors import (
     ContextLengthError,

@@ -201,6 +201,9 @@ class Operation:
                 adapter.is_pinned = self.kind == "pin"
             case "forget_folder":
                 model.folders.pop(self.name.name, None)
+                public = AdapterName(None, self.name.name)
+                if public in model.adapters and model.adapters[public].is_from_folder:
+                    del model.adapters[public]
         return model
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
 from sharelora_serve.adapters.residency import Tier, Waiting
-from sharelora_serve.errors import AdapterUnavailableError
+from sharelora_serve.errors import AdapterInvalidError, AdapterUnavailableError
 from tests.adapters.shelves import Content, Shelf
 
 ONE, TWO, THREE, FOUR = (Content(seed, rank=8) for seed in range(1, 5))
@@ -391,13 +391,13 @@ def test_unbinding_too_often_is_a_bug_that_is_seen(shelf: Shelf) -> None:
         shelf.cache.unbind(version)
 
 
-def test_factors_of_a_version_come_from_host_memory_or_its_folder(forgetful: Shelf) -> None:
+def test_factors_of_a_version_come_from_host_memory_or_from_disk(forgetful: Shelf) -> None:
     first, second = forgetful.publish("one", ONE), forgetful.publish("two", TWO)
     for version in (first, second, first):  # there is room for one on the host
         assert forgetful.cache.adapter(version).digest == version.digest
     shutil.rmtree(forgetful.path("two", TWO))
-    with pytest.raises(AdapterUnavailableError, match="'two' cannot be read"):
+    with pytest.raises(AdapterInvalidError, match="'two' cannot be served"):
         forgetful.cache.adapter(second)
-    forgetful.cache.remove("two")
+    forgetful.remove("two")
     with pytest.raises(AdapterUnavailableError, match="removed"):
         forgetful.cache.adapter(second)

@@ -15,7 +15,8 @@ from sharelora_serve.adapters.cache import AdapterCache
 from sharelora_serve.adapters.layout import MODULES
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.pool import MatrixPool
-from sharelora_serve.adapters.registry import AdapterRegistry, Published
+from sharelora_serve.adapters.published import Published
+from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.adapters.verify import verify_store
 from sharelora_serve.errors import (

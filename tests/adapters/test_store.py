@@ -17,6 +17,8 @@ from sharelora_serve.errors import ConfigurationError, StorageError
 from tests.adapters.shelves import LAYOUT
 from tests.adapters.store_model import (
     CONTENTS,
+    NAMES,
+    Operation,
     StoreModel,
     files_in,
     problems_in,
@@ -219,6 +221,64 @@ def test_a_reader_that_stays_in_the_registry_holds_up_no_change(
     assert len(reading.fetchall()) == 1
     reader.close()
     assert problems_in(folder) == []
+
+
+def test_a_store_that_was_deleted_under_the_server_takes_no_change(
+    store: AdapterStore, folder: Path, contents: list[Adapter]
+) -> None:
+    """SQLite alone would write to the deleted file and say that all is well."""
+    publish(store, contents[0])
+    shutil.rmtree(folder)
+    for is_replaced in (False, True):
+        if is_replaced:
+            folder.mkdir()
+            sqlite3.connect(folder / "registry.sqlite3").close()
+        for change in (
+            lambda: store.remove(RED),
+            lambda: store.set_pinned(RED, True),
+            lambda: store.roll_back(RED, contents[0].digest),
+            lambda: publish(store, contents[2]),
+            lambda: store.collect(()),
+        ):
+            with pytest.raises(StorageError, match="nothing was changed"):
+                change()
+
+
+def test_a_collection_overwrites_what_a_failed_commit_left_in_the_log(
+    store: AdapterStore, folder: Path
+) -> None:
+    """With nothing to delete it writes all the same; every write does away with the rest."""
+    reader = sqlite3.connect(folder / "registry.sqlite3")
+    before = reader.execute("PRAGMA data_version").fetchone()
+    store.collect(())
+    assert reader.execute("PRAGMA data_version").fetchone() != before
+    reader.close()
+
+
+def test_what_is_no_file_of_factors_holds_up_no_collection(
+    store: AdapterStore, folder: Path, contents: list[Adapter]
+) -> None:
+    (folder / "factors" / "lost+found").mkdir()
+    publish(store, contents[0])
+    store.remove(RED)
+    assert store.collect(())[0] == 2
+    assert [path.name for path in (folder / "factors").iterdir()] == ["lost+found"]
+    assert problems_in(folder) == []
+
+
+def test_a_folder_that_is_gone_takes_its_own_adapter_along_and_no_other(
+    store: AdapterStore, contents: list[Adapter]
+) -> None:
+    for choice, name in enumerate(NAMES):
+        Operation("publish_folder" if choice == 0 else "publish", name, choice).run(store, contents)
+    store.forget_folder(NAMES[0].name)
+    assert [stored.name for stored in store.adapters()] == sorted(
+        NAMES[1:], key=lambda name: (name.owner, name.name)
+    )
+    assert store.folders() == {}
+    publish(store, contents[0], NAMES[0])  # uploaded, not from a folder
+    store.forget_folder(NAMES[0].name)
+    assert len(store.adapters()) == len(NAMES)
 
 
 def test_a_registry_without_a_store_cannot_be_verified(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The commands adapters list, inspect, convert and export."""
+"""The commands adapters inspect, convert and export."""
 
 import json
 import subprocess
@@ -24,7 +24,6 @@ from tests.adapters.samples import (
     tiny_llama,
     write_folder,
 )
-from tests.cli.http_server import error, scripted_server
 
 WIDE = {"COLUMNS": "200"}
 
@@ -174,31 +173,6 @@ def test_a_model_that_is_not_there_is_one_message(tmp_path: Path) -> None:
     result = run("inspect", tmp_path, "--model", tmp_path / "absent")
     assert result.exit_code == 2
     assert "neither a folder nor a hub id" in result.stderr
-
-
-def test_list_shows_the_adapters_of_a_running_server() -> None:
-    models = [
-        {"id": "tiny", "object": "model", "root": "tiny", "parent": None},
-        {"id": "acme-support", "object": "model", "root": "adapters/acme", "parent": "tiny"},
-        {"id": "legal[1]", "object": "model", "root": "adapters/legal", "parent": "tiny"},
-    ]
-    with scripted_server((200, {"object": "list", "data": models})) as server:
-        result = run("list", "--url", server.url)
-    assert server.requests == [("GET", "/v1/models", None)]
-    assert result.exit_code == 0, result.stderr
-    rows = [line for line in result.stdout.splitlines() if "tiny" in line]
-    assert len(rows) == 2
-    assert "acme-support" in rows[0]
-    assert "legal[1]" in rows[1]
-
-
-def test_list_says_when_there_are_no_adapters_and_when_the_server_refuses() -> None:
-    models = [{"id": "tiny", "object": "model", "root": "tiny", "parent": None}]
-    with scripted_server((200, {"data": models}), (503, error("starting"))) as server:
-        assert "serves no adapters" in run("list", "--url", server.url).stdout
-        result = run("list", "--url", server.url)
-    assert result.exit_code == 2
-    assert "Error: starting" in result.stderr
 
 
 def test_help_does_not_wait_for_torch() -> None:

@@ -116,7 +116,7 @@ def commands(url: str) -> Iterator[list[str]]:
 
 @pytest.mark.parametrize("index", [0, 1])
 def test_a_command_sends_its_key(index: int) -> None:
-    answers = [(200, {"data": []}), (200, events("ok"))]
+    answers = [(200, {"data": [], "has_more": False}), (200, events("ok"))]
     for environment, option in (({}, ["--api-key", "slk_a"]), ({"SHARELORA_API_KEY": "slk_a"}, [])):
         with scripted_server(answers[index]) as server:
             result = run(*list(commands(server.url))[index], *option, **environment)

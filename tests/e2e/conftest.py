@@ -8,9 +8,12 @@ import pytest
 from openai import OpenAI
 from transformers import AutoTokenizer
 
+from sharelora_serve.models.config import load_model_config
 from sharelora_serve.server.codec import TextCodec
-from tests.e2e.adapter_folders import write_adapters
+from tests.e2e.adapter_changes import Sample, make_sample
+from tests.e2e.adapter_folders import NAMES, write_adapters
 from tests.e2e.server_process import ServerProcess, running_server
+from tests.golden.reference import load_reference
 from tests.tiny_models import write_tiny_model
 
 BASE = "tiny"
@@ -33,6 +36,21 @@ def adapters_folder(
 def codec(model_folder: Path) -> TextCodec:
     """What the server tokenizes with."""
     return TextCodec(AutoTokenizer.from_pretrained(model_folder))
+
+
+@pytest.fixture(scope="session")
+def samples(
+    tmp_path_factory: pytest.TempPathFactory, model_folder: Path, codec: TextCodec, seed: int
+) -> list[Sample]:
+    """Adapters to upload, each with what it answers."""
+    layout, reference = load_model_config(model_folder).layout(BASE), load_reference(model_folder)
+    folders = [
+        write_adapters(tmp_path_factory.mktemp("samples"), model_folder, seed + number)
+        for number in range(2)
+    ]
+    return [
+        make_sample(folder / name, layout, reference, codec) for folder in folders for name in NAMES
+    ]
 
 
 @pytest.fixture(scope="session")

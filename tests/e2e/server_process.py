@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import httpx
 from openai import OpenAI
@@ -26,6 +27,7 @@ class ServerProcess:
     def __init__(self, process: subprocess.Popen[bytes], url: str, log: Path) -> None:
         self.url = url
         self._process = process
+        self.folder = log.parent
         self._log = log
 
     @property
@@ -108,14 +110,15 @@ def running_server(
 
 def run_to_its_end(*arguments: str) -> subprocess.CompletedProcess[str]:
     """What becomes of a server that cannot start."""
-    return subprocess.run(
-        [*COMMAND, *arguments],
-        env=_environment(),
-        capture_output=True,
-        text=True,
-        timeout=START_SECONDS,
-        check=False,
-    )
+    with TemporaryDirectory() as store:
+        return subprocess.run(
+            [*COMMAND, "--store", store, *arguments],
+            env=_environment(),
+            capture_output=True,
+            text=True,
+            timeout=START_SECONDS,
+            check=False,
+        )
 
 
 def _announced_url(process: subprocess.Popen[bytes], log: Path) -> str:

@@ -6,44 +6,19 @@ import pty
 import shutil
 import subprocess
 import sys
-import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from zlib import crc32
 
 import pytest
-from click.testing import Result
-from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from sharelora_serve.cli import app
 from sharelora_serve.server.keys import create_key
 from tests.cli.http_server import scripted_server
 from tests.e2e.adapter_folders import write_adapters
-from tests.e2e.server_process import ServerProcess, running_server
-
-
-@dataclass
-class Shop:
-    """A server, and the command line of its admin."""
-
-    server: ServerProcess
-    admin_key: str
-    tenant_key: str  # of acme
-
-    def run(self, *arguments: str | Path, key: str | None = None, columns: int = 200) -> Result:
-        environment = {"COLUMNS": str(columns), "SHARELORA_URL": self.server.url}
-        environment["SHARELORA_API_KEY"] = self.admin_key if key is None else key
-        return CliRunner().invoke(app, ["adapters", *map(str, arguments)], env=environment)
-
-    def json(self, *arguments: str | Path, key: str | None = None) -> Any:
-        result = self.run(*arguments, "--json", key=key)
-        assert result.exit_code == 0, result.stderr
-        return json.loads(result.stdout)
-
-    def version(self, name: str) -> str:
-        return str(self.json("show", name)["version"])
+from tests.e2e.command_line import Shop, commands, packed, refusal, value
+from tests.e2e.server_process import running_server
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +35,13 @@ def shop(tmp_path_factory: pytest.TempPathFactory, model_folder: Path) -> Iterat
     }
     words = (word for pair in settings.items() for word in pair)
     with running_server(folder / "log", *words) as server:
-        yield Shop(server, admin_key, tenant_key)
+        yield Shop(server, folder / "store", admin_key, tenant_key)
 
 
 @pytest.fixture
 def folders(tmp_path: Path, model_folder: Path, seed: int) -> list[Path]:
     """Three adapters, which are other ones than those of any other test."""
-    folder = write_adapters(tmp_path / "adapters", model_folder, hash((seed, str(tmp_path))))
+    folder = write_adapters(tmp_path / "adapters", model_folder, seed + crc32(bytes(tmp_path)))
     return sorted(folder.iterdir())
 
 
@@ -74,36 +49,6 @@ def folders(tmp_path: Path, model_folder: Path, seed: int) -> list[Path]:
 def name(request: pytest.FixtureRequest) -> str:
     """A name that no other test uses."""
     return str(request.node.name).replace("[", "-").replace("]", "")[-100:].lstrip("_-.")
-
-
-def value(output: str, key: str) -> str:
-    (line,) = (line for line in output.splitlines() if line.startswith(f"{key}  "))
-    return line.removeprefix(key).strip()
-
-
-def refusal(result: Result) -> str:
-    assert result.exit_code == 2, result.output
-    assert result.stdout == ""
-    assert result.stderr.startswith("Error: ")
-    return result.stderr.removeprefix("Error: ").strip()
-
-
-def single_file(folder: Path, path: Path) -> Path:
-    """The adapter of a folder as one .safetensors file."""
-    tensors = load_file(folder / "adapter_model.safetensors")
-    config = (folder / "adapter_config.json").read_text()
-    save_file(tensors, path, metadata={"adapter_config": config})
-    return path
-
-
-def packed(folder: Path, path: Path, form: str) -> Path:
-    if form == "safetensors":
-        return single_file(folder, path.with_suffix(".safetensors"))
-    if form == "zip":
-        return Path(shutil.make_archive(str(path), "zip", folder.parent, folder.name))
-    with tarfile.open(path.with_suffix(".tar.gz"), "w:gz") as archive:
-        archive.add(folder, folder.name)
-    return path.with_suffix(".tar.gz")
 
 
 def test_an_added_adapter_is_told_and_answers_the_line_that_is_printed(
@@ -122,7 +67,7 @@ def test_an_added_adapter_is_told_and_answers_the_line_that_is_printed(
     answer = subprocess.run(
         line,
         shell=True,
-        env={**os.environ, "SHARELORA_API_KEY": shop.admin_key},
+        env={**os.environ, **shop.environment()},
         capture_output=True,
         text=True,
         timeout=60,
@@ -141,6 +86,27 @@ def test_a_folder_and_a_file_of_it_are_the_same_version(
         result = shop.run("add", f"{name}-{index}-packed", path)
         assert result.exit_code == 0, result.stderr
         assert value(result.stdout, "version") == shop.version(f"{name}-{index}")
+
+
+def test_a_bar_on_a_terminal_shows_how_much_was_sent(
+    shop: Shop, folders: list[Path], name: str
+) -> None:
+    terminal, child = pty.openpty()
+    finished = subprocess.run(
+        [sys.executable, "-m", "sharelora_serve.cli", "adapters", "add", name, str(folders[0])],
+        stdout=subprocess.PIPE,
+        stderr=child,
+        env={**os.environ, "COLUMNS": "120", "TERM": "xterm", **shop.environment()},
+        cwd=Path(__file__).parents[2],
+        timeout=60,
+        check=True,
+    )
+    os.close(child)
+    shown = os.read(terminal, 100_000).decode()
+    os.close(terminal)
+    assert f"Uploading {folders[0].name}.zip" in shown
+    assert "KiB" in shown
+    assert "Uploading" not in finished.stdout.decode()
 
 
 def test_of_a_folder_only_the_adapter_is_sent(
@@ -214,20 +180,6 @@ def test_an_adapter_that_cannot_be_served_is_refused_with_the_servers_reasons(
     assert "there is no adapter" in refusal(shop.run("show", name))
 
 
-def commands(name: str, path: Path) -> list[tuple[str | Path, ...]]:
-    """Every command that talks to a server."""
-    return [
-        ("list",),
-        ("show", name),
-        ("add", name, path),
-        ("add", name, path, "--replace"),
-        ("remove", name, "--yes"),
-        ("pin", name),
-        ("unpin", name),
-        ("rollback", name),
-    ]
-
-
 def test_without_a_server_or_with_a_wrong_key_every_command_says_so(
     shop: Shop, folders: list[Path], name: str
 ) -> None:
@@ -241,6 +193,13 @@ def test_without_a_server_or_with_a_wrong_key_every_command_says_so(
             assert "the API key is empty, or has blanks" in refusal(
                 shop.run(*command, "--api-key", key)
             )
+        for bad_url in (
+            "localhost:8000",
+            "http://",
+            "http://127.0.0.1:no",
+            "http://127.0.0.1:99999",
+        ):
+            assert "is not the address of a server" in refusal(shop.run(*command, "--url", bad_url))
         unknown = refusal(shop.run(*command, key="slk_0000_" + "0" * 43))
         assert "API key" in unknown
         assert "0" * 43 not in unknown
@@ -258,7 +217,9 @@ def test_without_a_key_every_command_says_so(shop: Shop, folders: list[Path], na
 
 def test_a_server_of_another_kind_is_one_message(folders: list[Path], name: str) -> None:
     for command in commands(name, folders[0]):
-        with scripted_server((200, "<html>"), (200, "<html>")) as other:
+        if command[0] == "remove":  # the other server has no DELETE at all
+            continue
+        with scripted_server((200, "<html>")) as other:
             result = CliRunner().invoke(
                 app, ["adapters", *map(str, command), "--url", other.url], env={"COLUMNS": "200"}
             )
@@ -326,11 +287,7 @@ def test_remove_asks_on_a_terminal_and_needs_yes_elsewhere(
             stdin=child,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
-            env={
-                **os.environ,
-                "SHARELORA_URL": shop.server.url,
-                "SHARELORA_API_KEY": shop.admin_key,
-            },
+            env={**os.environ, **shop.environment()},
             cwd=Path(__file__).parents[2],
         )
         os.close(child)
@@ -338,7 +295,7 @@ def test_remove_asks_on_a_terminal_and_needs_yes_elsewhere(
         output, question = process.communicate(timeout=60)
         os.close(terminal)
         assert f"Remove {name} and all its versions".encode() in question
-        assert output.decode() == ("" if is_there else f"Removed {name}.\n")
+        assert output.decode().strip() == ("" if is_there else f"Removed {name}.")
         assert (process.returncode == 0) == (not is_there)
         assert (shop.run("show", name).exit_code == 0) == is_there
     assert shop.run("add", name, folders[0]).exit_code == 0
@@ -382,3 +339,24 @@ def test_list_fits_a_terminal_of_80_columns_and_tells_all_in_json(
     assert "LoRA" in row
     tenant = shop.json("list", key=shop.tenant_key)
     assert "m" * 60 in {adapter["name"] for adapter in tenant}
+
+
+def test_verify_checks_the_store_of_a_running_server(
+    shop: Shop, folders: list[Path], name: str
+) -> None:
+    assert shop.run("add", name, folders[0]).exit_code == 0
+    result = shop.run("verify", "--store", shop.store)
+    assert result.exit_code == 0, result.output
+    (line,) = result.stdout.splitlines()
+    assert line.startswith(f"{shop.store}: ")
+    before = set((shop.store / "factors").iterdir())
+    assert shop.run("add", name, folders[1], "--replace").exit_code == 0
+    file = max(set((shop.store / "factors").iterdir()) - before)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    result = shop.run("verify", "--store", shop.store)
+    assert result.exit_code == 1
+    assert f"(version of: {name})" in result.stdout
+    assert f"factors/{file.name}: holds bytes of another digest" in result.stdout
+    file.write_bytes(content)
+    assert shop.run("verify", "--store", shop.store).exit_code == 0

@@ -17,7 +17,7 @@ from sharelora_serve.server.auth import ADMIN_PATHS, OPEN_PATHS
 from sharelora_serve.server.caller import ANONYMOUS_ADMIN, Caller
 from sharelora_serve.server.keys import create_key
 
-NO_ENGINE: Any = None  # no route under test gets as far as the engine
+NO_ENGINE: Any = (None, None)  # it is touched when the server starts, not before
 
 
 @pytest.fixture
