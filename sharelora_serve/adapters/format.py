@@ -1,6 +1,7 @@
 """Read an adapter folder or file of any supported form into an Adapter, or say why not."""
 
 import hashlib
+import math
 import struct
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -51,6 +52,7 @@ class _Factor(NamedTuple):
     key: str
     place: FactorKey
     tensor: Tensor
+    is_zero: bool
 
 
 class _Problems:
@@ -190,7 +192,10 @@ def _place(
             tensor = tensor.reshape(stored.shape)
             if form is Form.MLX:
                 tensor = tensor.t().contiguous()
-            if num_bad := tensor.numel() - int(torch.isfinite(tensor).sum()):
+            # One pass for both: NaN is the least and the greatest of what it is in.
+            least, greatest = (float(bound) for bound in torch.aminmax(tensor))
+            if not (math.isfinite(least) and math.isfinite(greatest)):
+                num_bad = tensor.numel() - int(torch.isfinite(tensor).sum())
                 raise AdapterInvalidError(
                     f"{num_bad} {'value is' if num_bad == 1 else 'values are'} NaN or infinite; "
                     "save it again from a finite checkpoint"
@@ -198,7 +203,8 @@ def _place(
         except AdapterInvalidError as error:
             problems.append(f"{shown(key)}: {error.message}")
         else:
-            factors.append(_Factor(key, place, unique.setdefault(factor_digest(tensor), tensor)))
+            tensor = unique.setdefault(factor_digest(tensor), tensor)
+            factors.append(_Factor(key, place, tensor, is_zero=least == greatest == 0))
     for what, found in (
         ("adapter", {factor.place.adapter_name for factor in factors}),
         ("model", {factor.place.path_prefix for factor in factors} - {None}),
@@ -312,7 +318,7 @@ class _Pairing:
             )
         elif not scaling_fits(scaling := config.scaling_of(path, rank)):
             self._add(a, f"its scale {scaling} is too large; correct lora_alpha or alpha_pattern")
-        elif scaling and a.tensor.any() and b.tensor.any():
+        elif scaling and not a.is_zero and not b.is_zero:
             return FactorPair(a.tensor, b.tensor, scaling)
         return None
 
