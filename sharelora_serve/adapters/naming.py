@@ -97,14 +97,14 @@ def is_name(text: str) -> bool:
     return _NAME.fullmatch(text) is not None
 
 
-def check_name(name: str, base_name: str) -> None:
-    """Raise AdapterInvalidError if clients cannot call an adapter of the base by that name."""
+def check_name(name: str, base_name: str, owner: str | None = None) -> None:
+    """Raise AdapterInvalidError if clients cannot call an owner's adapter by that name."""
     if not is_name(name):
         raise AdapterInvalidError(
             f"{name[:_MAX_KEY_LENGTH]!r} cannot name an adapter: {NAME_RULE}",
             param="name",
         )
-    if name == base_name:
+    if base_name in (name, AdapterName(owner, name).text):
         raise AdapterInvalidError(
             f"{name!r} cannot name an adapter: it is the name of the base; choose another",
             param="name",

@@ -146,7 +146,7 @@ class AdapterRegistry:
         Raises AdapterInvalidError, PinsFullError and StorageError as well; whatever it raises, the
         name stands for what it stood for.
         """
-        check_name(name.name, self._layout.name)
+        check_name(name.name, self._layout.name, name.owner)
         previous = self._published.get(name)
         self._check(name, previous, must_be_new, expected, fingerprint)
         try:

@@ -61,7 +61,11 @@ def create_app(loaded: Loaded, config: ServeConfig) -> FastAPI:
         "5XX": {"model": ErrorAnswer, "description": "Failed; nothing is wrong with the request."},
     }
     app = FastAPI(
-        title="ShareLoRA Serve", version=__version__, lifespan=lifespan, responses=refusals
+        title="ShareLoRA Serve",
+        version=__version__,
+        lifespan=lifespan,
+        responses=refusals,
+        redirect_slashes=False,  # to where a proxy's clients may not go, and without TLS
     )
     app.state.drain = Drain(config.drain_seconds, config.drain_delay_seconds)
     app.include_router(OpenAIRoutes(config, int(time.time())).router)

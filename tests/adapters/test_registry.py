@@ -13,7 +13,7 @@ import torch
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
 from sharelora_serve.adapters.cache import AdapterCache
 from sharelora_serve.adapters.layout import MODULES
-from sharelora_serve.adapters.naming import AdapterName
+from sharelora_serve.adapters.naming import AdapterName, check_name
 from sharelora_serve.adapters.pool import MatrixPool
 from sharelora_serve.adapters.published import Published
 from sharelora_serve.adapters.registry import AdapterRegistry
@@ -172,6 +172,11 @@ def test_name_that_could_leave_a_folder_or_confuse_a_log_is_refused(
 def test_name_of_the_base_is_refused(office: Office) -> None:
     with pytest.raises(AdapterInvalidError, match="the name of the base"):
         office.publish(AdapterName(None, LAYOUT.name), ONE)
+
+
+def test_name_of_a_base_that_looks_like_a_tenants_adapter_is_refused() -> None:
+    with pytest.raises(AdapterInvalidError, match="the name of the base"):
+        check_name("llama", "meta/llama", "meta")
 
 
 @pytest.mark.parametrize("name", ["a", "7", "A.b_c-9", "a" * 128])

@@ -237,6 +237,7 @@ def test_a_refused_upload_says_why_and_what_is_still_served(live: Live, name: st
         ("GET", "/v1/adapters?limit=0", 400, "invalid_value"),
         ("GET", "/v1/adapters?limit=many", 400, "invalid_value"),
         ("DELETE", "/v1/adapters", 405, "method_not_allowed"),
+        ("POST", "/v1/completions/", 404, "not_found"),
     ],
 )
 def test_what_cannot_be_done_is_told_in_openais_shape(
