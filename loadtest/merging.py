@@ -137,5 +137,6 @@ def _report(server: _Merging, ratios: list[float], num_changed: int) -> Report:
         is_met=ratio >= _LEAST_SHARE,
     )
     report.add("of each round", ", ".join(f"{ratio:.3f}" for ratio in ratios))
-    report.check(len(server.traffic.answers), num_changed, server.traffic.failures)
+    report.add("answers while it changed", str(len(server.traffic.answers)))
+    report.check(_NUM_PROMPTS * len(ratios), num_changed, server.traffic.failures)
     return report
