@@ -23,8 +23,8 @@ from sharelora_serve.priority import lower_priority
 
 logger = logging.getLogger(__name__)
 
-# Of loads: with 3 they get a third of a busy core. With 10 a cold adapter's first token took three to
-# eight times as long under traffic, and the gaps of those that run were no shorter for it.
+# Of loads: with 3 they get a third of a busy core. With 10 a cold adapter's first token took three
+# to eight times as long under traffic, and those that ran had no shorter gaps for it.
 _NICENESS = 3
 
 
