@@ -24,7 +24,7 @@ from sharelora_serve.priority import lower_priority
 logger = logging.getLogger(__name__)
 
 # Of loads: with 3 they get a third of a busy core. With 10 a cold adapter's first token took three
-# to eight times as long under traffic, and those that ran had no shorter gaps for it.
+# to eight times as long under traffic, and those that ran gained little.
 _NICENESS = 3
 
 
