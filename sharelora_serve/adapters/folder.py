@@ -12,7 +12,7 @@ from watchfiles import watch
 
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.registry import AdapterRegistry
-from sharelora_serve.errors import ServeError, StorageError
+from sharelora_serve.errors import AdapterExistsError, ServeError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ _SETTLE_SECONDS = 0.5
 _PATIENCE_SECONDS = 4.0
 _GONE_SECONDS = 1.0
 
-# After so long a folder is tried again whose adapter could not be stored.
+# After so long a folder is tried again whose adapter could not be stored, or whose name is taken.
 _STORAGE_SECONDS = 30.0
 
 # How often changes are looked at while some are unsettled, and how often everything is, for file
@@ -53,6 +53,7 @@ class AdapterFolder:
         self._registry = registry
         self._known = registry.folders()  # fingerprints of what was published, by name
         self._refused: dict[str, str] = {}  # of what cannot be, and was told
+        self._taken: dict[str, str] = {}  # of what another adapter's name keeps out, and was told
         self._changes: dict[str, _Change] = {}
         self._is_stopped = Event()
         self._thread = Thread(target=self._watch, name="adapter-folder", daemon=True)
@@ -161,6 +162,12 @@ class AdapterFolder:
             )
         except StorageError as error:
             logger.error("%s is not served as it is now: %s", path, error.message)
+            self._changes[name] = _Change(fingerprint, time.monotonic() + _STORAGE_SECONDS)
+            return False
+        except AdapterExistsError as error:
+            if self._taken.get(name) != fingerprint:
+                logger.error("%s is not served: %s", path, error.message)
+            self._taken[name] = fingerprint
             self._changes[name] = _Change(fingerprint, time.monotonic() + _STORAGE_SECONDS)
             return False
         except ServeError as error:

@@ -331,8 +331,8 @@ class AdapterRegistry:
         others = sum(of for other, of in self._pinned_bytes.items() if other != name)
         if others + num_bytes > (limit := int(self._pool.arena.nbytes * _MOST_PINNED)):
             raise PinsFullError(
-                f"adapter {name.name!r} takes {num_bytes} bytes of device memory, and {others} of "
-                f"the {limit} that may be pinned are taken; unpin another, or raise "
+                f"adapter {name.name!r} takes {num_bytes} bytes of device memory, and with it more "
+                f"than the {limit} that may be pinned would be; unpin another, or raise "
                 "--adapter-memory"
             )
         return num_bytes

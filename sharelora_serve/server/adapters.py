@@ -114,7 +114,7 @@ class AdapterRoutes:
         caller, registry = _caller(request), _registry(request)
         seen = {
             caller.shown(published.name): published
-            for published in reversed(registry.adapters())  # of equal names the tenant's own stays
+            for published in registry.adapters()  # public ones first: the own one stays
             if caller.may_see(published.name)
         }
         names = sorted(name for name in seen if after is None or name > after)
@@ -220,7 +220,7 @@ class AdapterRoutes:
                 path = unpack(upload.file, folder, max_bytes=self._config.max_adapter_bytes)
                 return registry.publish(name, path, must_be_new=must_be_new, expected=expected)
 
-        return await self._change(request, "published", name, publish)
+        return await self._change(request, "published", name, publish, self._workers)
 
     async def _remove(self, request: Request, name: AdapterName, expected: str | None) -> None:
         registry = _registry(request)
@@ -241,20 +241,25 @@ class AdapterRoutes:
         return await self._answer(request, published)
 
     async def _change(
-        self, request: Request, what: str, name: AdapterName, change: Callable[[], _Result]
+        self,
+        request: Request,
+        what: str,
+        name: AdapterName,
+        change: Callable[[], _Result],
+        workers: ThreadPoolExecutor | None = None,
     ) -> _Result:
-        """Run a change to its end, even if the client goes: it is then done or not, never half."""
+        """Run a change to its end, even if the client goes: it is then done or not, never half.
+
+        Without `workers` it is a short one, which waits for no upload.
+        """
         drain: Drain = request.app.state.drain
         drain.check()
-        result = await self._run(change)
+        result = await asyncio.get_running_loop().run_in_executor(workers, change)
         fields = {"model": name.text}
         if isinstance(result, Published):
             fields["version"] = result.version.digest
         logger.info("adapter %s", what, extra=request_fields(request.scope["state"]) | fields)
         return result
-
-    async def _run(self, work: Callable[[], _Result]) -> _Result:
-        return await asyncio.get_running_loop().run_in_executor(self._workers, work)
 
     def _find(self, request: Request, name: str) -> Published:
         caller = _caller(request)
@@ -290,7 +295,7 @@ class AdapterRoutes:
     ) -> Response:
         """An adapter with its versions, and the version as its entity tag."""
         registry = _registry(request)
-        versions = await self._run(lambda: registry.versions(published.name))
+        versions = await asyncio.to_thread(registry.versions, published.name)
         content = self._describe(request, published)
         content["versions"] = [
             {
@@ -356,6 +361,8 @@ def _changeable(request: Request, text: str) -> AdapterName:
 
 
 def _if_match(request: Request) -> str | None:
-    """The version that If-Match names, None for any."""
-    tag = request.headers.get("if-match", "*").strip()
-    return None if tag == "*" else tag.removeprefix("W/").strip('"')
+    """The version that If-Match names, None for any; InvalidRequestError for several."""
+    tag = ", ".join(request.headers.getlist("if-match") or ["*"]).strip()
+    if "," in tag:
+        raise InvalidRequestError("If-Match: names several versions; give one", param="If-Match")
+    return None if tag == "*" else tag.strip('"')

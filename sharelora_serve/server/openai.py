@@ -66,7 +66,7 @@ class OpenAIRoutes:
         caller: Caller = request.state.caller
         seen = {
             caller.shown(published.name): published
-            for published in reversed(context.registry.adapters())
+            for published in context.registry.adapters()  # public ones first
             if caller.may_see(published.name)
         }
         models = [self._base(context), *(self._model(context, n, seen[n]) for n in sorted(seen))]

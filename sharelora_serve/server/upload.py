@@ -16,7 +16,7 @@ from sharelora_serve.server.body import body_pieces
 from sharelora_serve.server.errors import BodyError, Problem, shortened
 
 MAX_RECEIVING = 16
-"""Uploads that may be received at once; each may take --max-adapter-bytes of temporary disk."""
+"""Uploads that may be under way at once; each may take --max-adapter-bytes of temporary disk."""
 
 MAX_SECONDS = 900.0
 """How long one upload may take to arrive: a client that sends a byte now and then holds a place."""
@@ -68,12 +68,12 @@ class Receiver:
         self._num_receiving += 1
         try:
             form = await self._parse(request)
+            try:
+                yield _upload(form.multi_items())
+            finally:
+                await form.close()
         finally:
             self._num_receiving -= 1
-        try:
-            yield _upload(form.multi_items())
-        finally:
-            await form.close()
 
     async def _parse(self, request: Request) -> FormData:
         kind = request.headers.get("content-type", "")

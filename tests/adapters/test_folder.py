@@ -184,3 +184,16 @@ def test_folder_and_upload_of_one_name_leave_each_other_alone(
         shutil.rmtree(live.path / "acme")
         live.folder.publish_all()
         assert live.digest() == one
+
+
+def test_folder_whose_name_was_taken_is_served_once_the_name_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sharelora_serve.adapters.folder._STORAGE_SECONDS", 0.5)
+    with watched(tmp_path) as live:
+        live.office.publish(ACME, ONE)
+        live.put(TWO)
+        live.folder.publish_all()
+        live.folder.start()
+        live.office.registry.remove(ACME)
+        live.wait_for(lambda: live.digest() is not None)

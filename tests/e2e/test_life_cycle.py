@@ -142,6 +142,8 @@ def test_versions_are_listed_rolled_back_and_guarded_by_if_match(live: Live, nam
     assert live.ask(name)[0] == two != one
     lost = live.replace(name, "cargo", **{"if-match": f'"{one}"'})
     assert (lost.status_code, lost.json()["error"]["code"]) == (412, "version_mismatch")
+    several = live.replace(name, "cargo", **{"if-match": f'"{one}", "{two}"'})
+    assert (several.status_code, several.json()["error"]["param"]) == (400, "If-Match")
     rolled = live.http.post(f"/v1/adapters/{name}/rollback")
     assert rolled.json()["version"] == one
     shown = live.http.get(f"/v1/adapters/{name}").json()

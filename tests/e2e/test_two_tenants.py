@@ -292,7 +292,14 @@ def test_a_name_is_the_tenants_own_adapter_before_it_is_a_public_one(
     public = shop.acme.get("/v1/adapters/both").json()
     assert public["owner"] is None
     assert public["version"] != own["version"]
-    assert shop.bolt.names().count("both") == 1
+    listed = [
+        {
+            item["id"]: item.get("version") or item["root"]
+            for item in shop.bolt.get(path).json()["data"]
+        }
+        for path in ("/v1/adapters", "/v1/models")
+    ]
+    assert [found["both"] for found in listed] == [own["version"]] * 2
     assert shop.bolt.delete("/v1/adapters/both").status_code == 200
     assert shop.bolt.get("/v1/adapters/both").json()["version"] == public["version"]
     assert refusal(shop.bolt.delete("/v1/adapters/both")) == (403, "permission_denied")
