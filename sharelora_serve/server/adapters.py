@@ -31,7 +31,7 @@ from sharelora_serve.server.drain import Drain
 from sharelora_serve.server.errors import Problem
 from sharelora_serve.server.generation import GenerationContext
 from sharelora_serve.server.logs import request_fields
-from sharelora_serve.server.permissions import changeable, creatable, unknown_adapter
+from sharelora_serve.server.permissions import changeable, creatable, unknown_adapter, visible
 from sharelora_serve.server.upload import AdapterForm, Receiver, Upload, VersionForm
 
 logger = logging.getLogger(__name__)
@@ -111,12 +111,7 @@ class AdapterRoutes:
         after: str | None = None,
     ) -> Response:
         """The adapters that the caller may see, by name, `limit` of them after the name `after`."""
-        caller, registry = _caller(request), _registry(request)
-        seen = {
-            caller.shown(published.name): published
-            for published in registry.adapters()  # public ones first: the own one stays
-            if caller.may_see(published.name)
-        }
+        seen = visible(_caller(request), _registry(request))
         names = sorted(name for name in seen if after is None or name > after)
         page = names[:limit]
         content = {

@@ -31,6 +31,7 @@ from sharelora_serve.server.generation import (
     version_text,
 )
 from sharelora_serve.server.logs import request_fields
+from sharelora_serve.server.permissions import visible
 from sharelora_serve.server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
@@ -63,12 +64,7 @@ class OpenAIRoutes:
     async def list_models(self, request: Request) -> Response:
         """The base, then every adapter by name."""
         context: GenerationContext = request.app.state.context
-        caller: Caller = request.state.caller
-        seen = {
-            caller.shown(published.name): published
-            for published in context.registry.adapters()  # public ones first
-            if caller.may_see(published.name)
-        }
+        seen = visible(request.state.caller, context.registry)
         models = [self._base(context), *(self._model(context, n, seen[n]) for n in sorted(seen))]
         return AsciiJSONResponse({"object": "list", "data": models})
 

@@ -4,9 +4,22 @@ Nothing that is said depends on whether another tenant has an adapter.
 """
 
 from sharelora_serve.adapters.naming import AdapterName, check_name
+from sharelora_serve.adapters.published import Published
 from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.errors import AdapterExistsError, ModelNotFoundError, PermissionDeniedError
 from sharelora_serve.server.caller import Caller
+
+
+def visible(caller: Caller, registry: AdapterRegistry) -> dict[str, Published]:
+    """Every adapter that a caller may see, by what the caller calls it.
+
+    A tenant's own takes the place of a public one of the same name, as it does when it is asked for.
+    """
+    return {
+        caller.shown(published.name): published
+        for published in registry.adapters()  # public ones first
+        if caller.may_see(published.name)
+    }
 
 
 def creatable(caller: Caller, registry: AdapterRegistry, text: str) -> AdapterName:
