@@ -13,7 +13,7 @@ from sharelora_serve.server.caller import Caller
 def visible(caller: Caller, registry: AdapterRegistry) -> dict[str, Published]:
     """Every adapter that a caller may see, by what the caller calls it.
 
-    A tenant's own takes the place of a public one of the same name, as it does when it is asked for.
+    A tenant's own takes the place of a public one of the same name, as when it is asked for.
     """
     return {
         caller.shown(published.name): published

@@ -1,6 +1,5 @@
 """What a store should hold, in plain dictionaries, and what to do with one."""
 
-import json
 import random
 from collections.abc import Iterator, Sequence
 from copy import deepcopy
@@ -8,8 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
 
-from safetensors.torch import load_file, save_file
-from torch import Tensor
+from safetensors.torch import load_file
 
 from sharelora_serve.adapters.adapter import Adapter
 from sharelora_serve.adapters.format import read_adapter
@@ -17,7 +15,7 @@ from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.adapters.summary import summarise
 from sharelora_serve.adapters.verify import verify_store
-from tests.adapters.shelves import LAYOUT, Content
+from tests.adapters.shelves import LAYOUT, Content, write_content
 
 KEEP_VERSIONS = 3
 
@@ -34,21 +32,10 @@ File = tuple[bytes, ...]
 """The factors in one file, in the order of their rows."""
 
 
-def write_content(folder: Path, content: Content) -> Path:
-    """A folder below `folder` with the content as PEFT saves it."""
-    path = folder / str(content.seed)
-    path.mkdir(parents=True)
-    tensors: dict[str, Tensor] = {}
-    for layer in range(LAYOUT.num_layers):
-        for module in content.modules:
-            key = f"base_model.model.model.layers.{layer}.{module}"
-            a, b = content.factors(layer, module)
-            tensors |= {f"{key}.lora_A.weight": a, f"{key}.lora_B.weight": b}
-    save_file(tensors, path / "adapter_model.safetensors")
-    alpha = content.scaling * content.rank
-    config = {"peft_type": "LORA", "r": content.rank, "lora_alpha": alpha}
-    (path / "adapter_config.json").write_text(json.dumps(config))
-    return path
+def write_contents(folder: Path) -> list[Path]:
+    """CONTENTS, each in a folder below `folder`, as PEFT saves it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return [write_content(folder / str(content.seed), content) for content in CONTENTS]
 
 
 def read_contents(folder: Path) -> list[Adapter]:

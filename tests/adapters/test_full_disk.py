@@ -11,26 +11,15 @@ from sharelora_serve.errors import ConfigurationError, StorageError
 from tests.adapters.disks import files_limited, fill, mounted, read_only
 from tests.adapters.shelves import LAYOUT
 from tests.adapters.store_model import (
-    CONTENTS,
     NAMES,
     Kind,
     Operation,
     StoreModel,
     files_in,
     problems_in,
-    read_contents,
-    write_content,
 )
 
 CHANGES: tuple[Kind, ...] = ("publish", "publish_folder", "remove", "roll_back", "pin")
-
-
-@pytest.fixture(scope="module")
-def contents(tmp_path_factory: pytest.TempPathFactory) -> list[Adapter]:
-    folder = tmp_path_factory.mktemp("contents")
-    for content in CONTENTS:
-        write_content(folder, content)
-    return read_contents(folder)
 
 
 @pytest.fixture

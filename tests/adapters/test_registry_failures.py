@@ -20,7 +20,7 @@ from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.errors import AdapterExistsError, StorageError
 from tests.adapters.disks import files_limited
 from tests.adapters.shelves import LAYOUT, PATIENCE_SECONDS
-from tests.adapters.store_model import CONTENTS, write_content
+from tests.adapters.store_model import write_contents
 
 RED = AdapterName(None, "red")
 NO_REGISTRY_BYTES = 20_000  # files of factors fit, the registry's log does not
@@ -46,7 +46,7 @@ def opened(folder: Path, pool_bytes: int = 1 << 20) -> Iterator[AdapterRegistry]
 @pytest.fixture
 def paths(tmp_path: Path) -> list[Path]:
     """Folders of CONTENTS."""
-    return [write_content(tmp_path / "contents", content) for content in CONTENTS]
+    return write_contents(tmp_path / "contents")
 
 
 def wait_until(happened: Callable[[], bool]) -> None:

@@ -16,25 +16,14 @@ from sharelora_serve.adapters.summary import summarise
 from sharelora_serve.errors import ConfigurationError, StorageError
 from tests.adapters.shelves import LAYOUT
 from tests.adapters.store_model import (
-    CONTENTS,
     NAMES,
     Operation,
     StoreModel,
     files_in,
     problems_in,
-    read_contents,
-    write_content,
 )
 
 RED = AdapterName(None, "red")
-
-
-@pytest.fixture(scope="module")
-def contents(tmp_path_factory: pytest.TempPathFactory) -> list[Adapter]:
-    folder = tmp_path_factory.mktemp("contents")
-    for content in CONTENTS:
-        write_content(folder, content)
-    return read_contents(folder)
 
 
 @pytest.fixture

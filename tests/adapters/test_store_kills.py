@@ -7,14 +7,13 @@ import pytest
 from sharelora_serve.adapters.store import AdapterStore
 from tests.adapters.shelves import LAYOUT
 from tests.adapters.store_model import (
-    CONTENTS,
     StoreModel,
     files_in,
     files_needed,
     operations,
     problems_in,
     read_contents,
-    write_content,
+    write_contents,
 )
 from tests.adapters.store_process import Killer
 
@@ -23,8 +22,7 @@ from tests.adapters.store_process import Killer
 def test_a_killed_process_leaves_every_change_whole_or_undone(
     num_kills: int, tmp_path: Path, seed: int
 ) -> None:
-    for content in CONTENTS:
-        write_content(tmp_path / "contents", content)
+    write_contents(tmp_path / "contents")
     contents = read_contents(tmp_path / "contents")
     folder = tmp_path / "store"
     killer = Killer(folder, tmp_path / "contents", seed)

@@ -22,7 +22,7 @@ from tests.adapters.store_model import (
     files_needed,
     problems_in,
     read_contents,
-    write_content,
+    write_contents,
 )
 
 
@@ -33,8 +33,7 @@ class StoreMachine(RuleBasedStateMachine):
     def open(self) -> None:
         self.temporary = TemporaryDirectory()
         self.folder = Path(self.temporary.name) / "store"
-        for content in CONTENTS:
-            write_content(Path(self.temporary.name), content)
+        write_contents(Path(self.temporary.name))
         self.contents = read_contents(Path(self.temporary.name))
         self.store = AdapterStore(self.folder, LAYOUT)
         self.model = StoreModel()
