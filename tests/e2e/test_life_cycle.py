@@ -4,7 +4,6 @@ import json
 import tarfile
 import threading
 import time
-import zipfile
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save
 from tests.e2e.adapter_folders import NAMES
 from tests.e2e.conftest import BASE
 from tests.e2e.server_process import ServerProcess, running_server
+from tests.e2e.tenants import zipped_folder
 
 PROMPT = "The sea"
 NUM_TOKENS = 24
@@ -42,20 +42,16 @@ class Live:
 
     def file(self, source: str, kind: str = "zip") -> bytes:
         """An adapter's folder as one file."""
-        paths = sorted((self.folder / source).iterdir())
-        buffer = BytesIO()
         if kind == "zip":
-            with zipfile.ZipFile(buffer, "w") as archive:
-                for path in paths:
-                    archive.write(path, path.name)
-        elif kind == "tar.gz":
+            return zipped_folder(self.folder / source)
+        if kind == "tar.gz":
+            buffer = BytesIO()
             with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
                 archive.add(self.folder / source, source)
-        else:
-            config = (self.folder / source / "adapter_config.json").read_text()
-            tensors = load_file(self.folder / source / "adapter_model.safetensors")
-            return save(tensors, {"adapter_config": config})
-        return buffer.getvalue()
+            return buffer.getvalue()
+        config = (self.folder / source / "adapter_config.json").read_text()
+        tensors = load_file(self.folder / source / "adapter_model.safetensors")
+        return save(tensors, {"adapter_config": config})
 
     def create(self, name: str, source: str, kind: str = "zip") -> httpx.Response:
         files = {"file": (f"{source}.{kind}", self.file(source, kind))}
