@@ -1,8 +1,6 @@
 """A client that changes its own adapters without end and remembers what it was answered."""
 
-import io
 import random
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +15,7 @@ from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.server.codec import TextCodec
 from tests.adapters.store_model import Kind, ModelAdapter, Operation, StoreModel
+from tests.e2e.tenants import zipped_folder
 from tests.golden.reference import reference_greedy
 
 NUM_TOKENS = 4
@@ -38,15 +37,11 @@ def make_sample(
     folder: Path, layout: BaseLayout, reference: PreTrainedModel, codec: TextCodec
 ) -> Sample:
     """The sample of an adapter's folder."""
-    archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w") as packed:
-        for path in folder.iterdir():
-            packed.write(path, path.name)
     adapter = read_adapter(folder, layout, name=folder.name)
     prompt_ids = codec.encode(_PROMPT, add_special_tokens=True)
     answer = reference_greedy(reference, adapter, prompt_ids, NUM_TOKENS)
     tokens = [codec.token_text(i) for i in answer.token_ids[: answer.num_clear]]
-    return Sample(adapter, archive.getvalue(), tokens)
+    return Sample(adapter, zipped_folder(folder), tokens)
 
 
 def upload(http: httpx.Client, name: str, sample: Sample, *, is_new: bool) -> httpx.Response:
