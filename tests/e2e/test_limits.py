@@ -88,10 +88,10 @@ def test_a_client_that_leaves_frees_its_adapters_place(
     with small.completions.create(model="acme", **LONG, stream=True) as stream:
         next(iter(stream))
         figures = small_server.metrics()
-        assert figures["sharelora_adapters_resident{tier=device}"] >= 1
+        assert figures["sharelora_adapters_resident{tier=device}"] == 1
     small_server.wait_until_idle()
     answers = {name: small.completions.create(model=name, **SHORT) for name in NAMES}
     assert len({answer.choices[0].text for answer in answers.values()}) == len(NAMES)
     after = small_server.metrics()
     evictions = "sharelora_adapter_evictions_total{tier=device}"
-    assert after[evictions] >= figures[evictions] + 1
+    assert after[evictions] >= figures[evictions] + 2
