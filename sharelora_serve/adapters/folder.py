@@ -23,7 +23,7 @@ _PATIENCE_SECONDS = 4.0
 _GONE_SECONDS = 1.0
 
 # After so long a folder is tried again whose adapter could not be stored, or whose name is taken.
-_STORAGE_SECONDS = 30.0
+_DELAY_SECONDS = 30.0
 
 # How often changes are looked at while some are unsettled, and how often everything is, for file
 # systems that do not tell of changes.
@@ -53,7 +53,7 @@ class AdapterFolder:
         self._registry = registry
         self._known = registry.folders()  # fingerprints of what was published, by name
         self._refused: dict[str, str] = {}  # of what cannot be, and was told
-        self._taken: dict[str, str] = {}  # of what another adapter's name keeps out, and was told
+        self._delayed: dict[str, str] = {}  # of what cannot be yet, and was told
         self._changes: dict[str, _Change] = {}
         self._is_stopped = Event()
         self._thread = Thread(target=self._watch, name="adapter-folder", daemon=True)
@@ -160,21 +160,21 @@ class AdapterFolder:
             published = self._registry.publish(
                 AdapterName(None, name), path, fingerprint=fingerprint
             )
-        except StorageError as error:
-            logger.error("%s is not served as it is now: %s", path, error.message)
-            self._changes[name] = _Change(fingerprint, time.monotonic() + _STORAGE_SECONDS)
-            return False
-        except AdapterExistsError as error:
-            if self._taken.get(name) != fingerprint:
-                logger.error("%s is not served: %s", path, error.message)
-            self._taken[name] = fingerprint
-            self._changes[name] = _Change(fingerprint, time.monotonic() + _STORAGE_SECONDS)
+        except (StorageError, AdapterExistsError) as error:  # pass without a change of the folder
+            if self._delayed.get(name) != fingerprint:
+                logger.error("%s is not served as it is now: %s", path, error.message)
+            self._delayed[name] = fingerprint
+            self._changes[name] = _Change(fingerprint, time.monotonic() + _DELAY_SECONDS)
             return False
         except ServeError as error:
             if is_last:
                 logger.error("%s is not served as it is now: %s", path, error.message)
                 self._refused[name] = fingerprint
             return is_last
+        except Exception:  # whatever it was, the other folders are served, and watched on
+            logger.exception("%s is not served as it is now: a bug", path)
+            self._refused[name] = fingerprint
+            return True
         self._known[name] = fingerprint
         self._refused.pop(name, None)
         logger.info(
@@ -196,7 +196,7 @@ class AdapterFolder:
             logger.error(
                 "adapter %s is still served: its folder is gone, but %s", name, error.message
             )
-            self._changes[name] = _Change("", time.monotonic() + _STORAGE_SECONDS)
+            self._changes[name] = _Change("", time.monotonic() + _DELAY_SECONDS)
             return False
         self._known.pop(name, None)
         self._refused.pop(name, None)

@@ -6,11 +6,13 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sharelora_serve.adapters.folder import AdapterFolder
 from sharelora_serve.adapters.naming import AdapterName
+from sharelora_serve.adapters.published import Published
 from sharelora_serve.errors import ModelNotFoundError
 from tests.adapters.shelves import PATIENCE_SECONDS, Content, write_content
 from tests.adapters.test_registry import Office, opened
@@ -186,10 +188,28 @@ def test_folder_and_upload_of_one_name_leave_each_other_alone(
         assert live.digest() == one
 
 
+def test_bug_that_one_folder_meets_does_not_end_the_watching_of_the_others(
+    live: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    publish = live.office.registry.publish
+
+    def publish_all_but_one(name: AdapterName, *arguments: Any, **conditions: Any) -> Published:
+        if name.name == "unlucky":
+            raise RuntimeError("injected")
+        return publish(name, *arguments, **conditions)
+
+    monkeypatch.setattr(live.office.registry, "publish", publish_all_but_one)
+    live.put(TWO, "unlucky")
+    live.wait_for(lambda: "injected" in caplog.text)
+    live.put(ONE)
+    live.wait_for(lambda: live.digest() is not None)
+    assert caplog.text.count("RuntimeError: injected") == 1
+
+
 def test_folder_whose_name_was_taken_is_served_once_the_name_is_free(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("sharelora_serve.adapters.folder._STORAGE_SECONDS", 0.5)
+    monkeypatch.setattr("sharelora_serve.adapters.folder._DELAY_SECONDS", 0.5)
     with watched(tmp_path) as live:
         live.office.publish(ACME, ONE)
         live.put(TWO)
