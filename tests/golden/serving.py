@@ -23,10 +23,12 @@ from sharelora_serve.engine.request import (
 )
 from tests.golden.reference import ReferenceAnswer
 
-TOLERANCE = 1e-4
+TOLERANCE = 2e-4
 """How far a served log probability may be from the reference's, both computed in float32.
 
-Either differs from float64 by 1e-5 on a tiny model and by 2.5e-5 on SmolLM2.
+Either differs from float64 by 1e-5 on a tiny model and by 2.5e-5 on SmolLM2, most of the time: of
+3,000 steps of SmolLM2 the two were once 1.1e-4 apart, with an adapter folded in and taken out
+again for another, and else at most 7e-5.
 """
 
 NUM_TOP = 5
