@@ -21,6 +21,7 @@ from loadtest.client import Timeline, make_client, random_prompt, stream
 from loadtest.merging import measure_merging
 from loadtest.reloads import Plan, measure_reloads
 from loadtest.report import Report
+from loadtest.step import measure_steps
 from loadtest.tiers import Load, measure_tiers
 from loadtest.uploads import measure_uploads
 
@@ -239,6 +240,26 @@ def merging(
 ) -> None:
     """What merging by traffic gains one adapter, on a server with --merge auto."""
     _tell(lambda: measure_merging(url, base, adapter, rounds))
+
+
+@app.command()
+def step(
+    adapters: Annotated[
+        Path | None, typer.Option(help="Folder of adapters, at least as many as streams.")
+    ] = None,
+    streams: Annotated[list[int], typer.Option(help="May be given several times.")] = [1, 8, 32],  # noqa: B006
+    threads: int | None = None,
+    num_tokens: int = 80,
+    rounds: int = 3,
+    output: Annotated[Path | None, typer.Option(help="File for the figures as JSON.")] = None,
+) -> None:
+    """Where a decode step's time goes, without HTTP; starts an engine of its own."""
+    times = measure_steps(
+        adapters, streams=streams, threads=threads, num_tokens=num_tokens, rounds=rounds
+    )
+    times.show()
+    if output is not None:
+        output.write_text(json.dumps(times.as_dict(), indent=2) + "\n")
 
 
 def _tell(measure: Callable[[], Report]) -> None:

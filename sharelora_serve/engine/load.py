@@ -71,11 +71,14 @@ class Loaded(NamedTuple):
     registry: AdapterRegistry
 
 
-def load_engine(config: ServeConfig, console: Console | None = None) -> Loaded:
+def load_engine(
+    config: ServeConfig, console: Console | None = None, *, kernels: Kernels | None = None
+) -> Loaded:
     """Read the base and the adapters that changed, and assemble an engine.
 
     Progress goes to the console, if there is one. Adapters that cannot be served are logged and
-    left out; the one that --merge names must be there.
+    left out; the one that --merge names must be there. `kernels` compute instead of those that
+    the configuration chooses.
     Raises ConfigurationError and UnsupportedModelError.
     """
     console = console or Console(quiet=True)
@@ -84,7 +87,7 @@ def load_engine(config: ServeConfig, console: Console | None = None) -> Loaded:
     tokenizer = _tokenizer(folder)
     device = _device(config)
     dtype = _dtype(config, model, device)
-    kernels = _kernels(config, device)
+    kernels = kernels or _kernels(config, device)
     # The compiled kernels share torch's OpenMP runtime. Its threads spin while they wait for work,
     # but only as long as there are no more of them than processors: torch must not add its own.
     torch.set_num_threads(1 if isinstance(kernels, CpuKernels) else config.num_threads)
