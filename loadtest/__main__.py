@@ -24,6 +24,7 @@ from loadtest.report import Report
 from loadtest.step import measure_steps
 from loadtest.tiers import Load, measure_tiers
 from loadtest.uploads import measure_uploads
+from sharelora_serve.errors import ConfigurationError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
@@ -254,10 +255,14 @@ def step(
     output: Annotated[Path | None, typer.Option(help="File for the figures as JSON.")] = None,
 ) -> None:
     """Where a decode step's time goes, without HTTP; starts an engine of its own."""
-    times = measure_steps(
-        adapters, streams=streams, threads=threads, num_tokens=num_tokens, rounds=rounds
-    )
-    times.show()
+    try:
+        times = measure_steps(
+            adapters, streams=streams, threads=threads, num_tokens=num_tokens, rounds=rounds
+        )
+    except (RuntimeError, ConfigurationError) as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
+    typer.echo(times.as_markdown())
     if output is not None:
         output.write_text(json.dumps(times.as_dict(), indent=2) + "\n")
 

@@ -11,8 +11,6 @@ from itertools import pairwise
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.table import Table
 
 from loadtest.timed_kernels import ADAPTERS, ATTENTION, ELEMENTWISE, PRODUCTS, TimedKernels
 from sharelora_serve.adapters.naming import AdapterName
@@ -70,16 +68,16 @@ class StepTimes:
             ],
         }
 
-    def show(self) -> None:
-        """Print a table, of milliseconds."""
-        table = Table(title=f"ms of a decode step; reading the weights: {self.read_weights:.1f}")
-        for heading in ("streams", "adapters", "step", *PARTS, "products' share"):
-            table.add_column(heading, justify="right")
+    def as_markdown(self) -> str:
+        """A table of milliseconds."""
+        headings = ("streams", "adapters", "step", *PARTS, "products' share")
+        lines = [headings, ["---"] * len(headings)]
         for step in self.steps:
-            parts = [f"{step.parts[name]:.1f}" for name in PARTS]
-            figures = (str(step.streams), str(step.num_adapters), f"{step.total:.1f}", *parts)
-            table.add_row(*figures, f"{step.product_share:.0%}")
-        Console().print(table)
+            times = (step.total, *(step.parts[name] for name in PARTS))
+            figures = (str(step.streams), str(step.num_adapters), *(f"{ms:.1f}" for ms in times))
+            lines.append((*figures, f"{step.product_share:.0%}"))
+        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        return f"{table}\n\nReading the weights once: {self.read_weights:.1f} ms."
 
 
 def measure_steps(

@@ -51,7 +51,7 @@ class TimedKernels(CpuKernels):
         self.num_steps += 1
         self._time(PRODUCTS, super().linear, x, weight, out)
 
-    def embed(self, weight: Any, token_ids: Tensor, out: Tensor) -> None:
+    def embed(self, weight: Any, token_ids: Tensor, out: Tensor) -> None:  # noqa: ANN401
         """As CpuKernels, timed."""
         self._time(ELEMENTWISE, super().embed, weight, token_ids, out)
 
