@@ -31,6 +31,7 @@ Range = Annotated[tuple[int, int], typer.Option(help="Least and most, drawn unif
 Streams = Annotated[int | None, typer.Option(min=1, help="Of a closed loop, such as 32.")]
 Rate = Annotated[float | None, typer.Option(min=0.001, help="Requests per second, open loop.")]
 DEFAULT_URL, DEFAULT_BASE = "http://127.0.0.1:8000", "SmolLM2-135M-Instruct"
+BUILD = Path("build")
 EXAMPLE = Path("adapters/banking77-intent")
 
 
@@ -86,6 +87,23 @@ def run_command(
         raise typer.Exit(1)
 
 
+@app.command("compare")
+def compare_command(
+    peers: Annotated[Path, typer.Option(help="Where they are, or are set up.")] = BUILD / "peers",
+    out: Annotated[Path, typer.Option(help="Folder for table and logs.")] = BUILD / "compare",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    requests: Annotated[int, typer.Option(min=32, help="Per round of 32 streams.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+) -> None:
+    """Set up vLLM, llama.cpp and PEFT, and hold this server against them in turn."""
+    from loadtest.compare import Plan as ComparePlan
+    from loadtest.compare import compare
+
+    with _one_message():
+        comparison = compare(ComparePlan(peers, rounds, requests, new_tokens), out)
+    typer.echo(comparison.markdown())
+
+
 @app.command()
 def adapters(
     folder: Path,
@@ -94,7 +112,9 @@ def adapters(
     share: Annotated[str, typer.Option(help="What all layers share: none, A, B or AB.")] = "A",
     common_a: Annotated[bool, typer.Option(help="All adapters have the same A.")] = False,
     expanded: Annotated[bool, typer.Option(help="As plain PEFT LoRA.")] = False,
-    gguf: Annotated[bool, typer.Option(help="For llama.cpp too, in FOLDER/gguf.")] = False,
+    gguf: Annotated[
+        Path | None, typer.Option(help="Folder for the same in llama.cpp's form.")
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub id of the base.")] = None,
 ) -> None:
     """Write synthetic adapters t000, t001, ... into FOLDER."""

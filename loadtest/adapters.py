@@ -48,12 +48,12 @@ class Kind:
 
 
 def write_adapters(
-    folder: Path, count: int, kind: Kind, *, gguf: bool = False, model: str | None = None
+    folder: Path, count: int, kind: Kind, *, gguf: Path | None = None, model: str | None = None
 ) -> None:
     """Write adapters t000, t001, ... of random factors in float16 into a folder.
 
-    The same arguments give the same bytes. With `gguf` the same adapters as llama.cpp reads them
-    go into `folder / "gguf"`.
+    The same arguments give the same bytes. The folder `gguf`, if given, gets the same adapters as
+    llama.cpp reads them.
     """
     config = load_model_config(base_folder(model, config_only=True))
     layout = config.layout("base")
@@ -61,8 +61,8 @@ def write_adapters(
         rank = kind.ranks[number % len(kind.ranks)]
         a, b = _factors(number, rank, kind, layout)
         _write(folder / f"t{number:03d}", a, b, rank, kind)
-        if gguf:
-            write_gguf(folder / "gguf" / f"t{number:03d}.gguf", a, b, rank, config)
+        if gguf is not None:
+            write_gguf(gguf / f"t{number:03d}.gguf", a, b, rank, config)
 
 
 def _factors(number: int, rank: int, kind: Kind, layout: BaseLayout) -> tuple[Factors, Factors]:
