@@ -104,6 +104,66 @@ def compare_command(
     typer.echo(comparison.markdown())
 
 
+@app.command("sweep")
+def sweep_command(
+    axes: Annotated[
+        list[str] | None, typer.Argument(help="What grows; all without it.", metavar="[AXES]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for tables and plots.")] = BUILD / "sweep",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    most: Annotated[int, typer.Option(min=1, help="Leave out larger values.")] = 2000,
+    requests: Annotated[int, typer.Option(min=1, help="Of each stream in a round.")] = 2,
+) -> None:
+    """Start servers, and measure them as adapters, rank, streams or prompts grow.
+
+    AXES are registered, batch, rank, streams and prompt.
+    """
+    from loadtest.sweep import AXES, sweep
+
+    with _one_message():
+        for name in axes or AXES:
+            if name not in AXES:
+                raise RuntimeError(f"there is no axis {name!r}: {', '.join(AXES)}")
+            typer.echo(sweep(name, out, rounds=rounds, most=most, requests=requests))
+
+
+@app.command("registered")
+def registered_command(
+    out: Annotated[Path, typer.Option(help="Folder for adapters and logs.")] = BUILD / "registered",
+    count: Annotated[int, typer.Option(min=5)] = 2000,
+    rank: Annotated[str, typer.Option(help="Such as 8, or 8,64 in turn.")] = "8",
+    load: Annotated[float, typer.Option(min=0.01, help="Of the base's capacity.")] = 0.8,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    requests: Annotated[int, typer.Option(min=1)] = 200,
+) -> None:
+    """Start servers with 5 and with 2,000 adapters, and play S-LoRA's workload to them in turn."""
+    from loadtest.adapters import Kind
+    from loadtest.registered import Plan as RegisteredPlan
+    from loadtest.registered import measure_registered
+
+    def measure() -> Report:
+        kind = Kind.parse("A", rank, common_a=False, expanded=False)
+        return measure_registered(RegisteredPlan(count, kind, load, rounds, requests), out)
+
+    _tell(measure)
+
+
+@app.command("flood")
+def flood_command(
+    out: Annotated[Path, typer.Option(help="Folder for adapters and logs.")] = BUILD / "flood",
+    tenants: Annotated[int, typer.Option(min=2)] = 8,
+    load: Annotated[float, typer.Option(min=0.01, help="Without the flood, of capacity.")] = 0.5,
+    flood: Annotated[float, typer.Option(min=1, help="Times its share.")] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    requests: Annotated[int, typer.Option(min=1, help="Of a round without the flood.")] = 100,
+) -> None:
+    """Start a server with API keys, and let one tenant send many times its share in turn."""
+    from loadtest.flood import Plan as FloodPlan
+    from loadtest.flood import measure_flood
+
+    _tell(lambda: measure_flood(FloodPlan(tenants, load, flood, rounds, requests), out))
+
+
 @app.command()
 def adapters(
     folder: Path,

@@ -3,24 +3,21 @@
 Every server is started once and held still while another is measured.
 """
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 import typer
 
 from loadtest.adapters import Kind, write_adapters
+from loadtest.capacity import BASE, measure_whole
 from loadtest.comparison import CASES, MERGED, NUM_ADAPTERS, OURS, PEFT, Case, Comparison, Contender
 from loadtest.endpoint import Endpoint, OpenAiEndpoint
-from loadtest.figures import summarize
 from loadtest.peers import LlamaCpp, Peer, VllmCpu, peft_tokens_per_second
-from loadtest.player import play_showing
 from loadtest.servers import Server, our_server, running
 from loadtest.workloads import Settings, adapter_name, draw
 from sharelora_serve.models.source import base_folder
 
-_BASE = "base"
 _RANK = 16
 _PROMPT_WORDS = 32
 _WARMING_TOKENS = 2
@@ -103,7 +100,7 @@ class _Contest:
                         self._comparison.values[case.name, contender.label][number] = value
 
     def _measure(self, case: Case, contender: Contender, number: int | None) -> float:
-        """The figure; RuntimeError if a request failed, since the others then had less to share."""
+        """The figure; RuntimeError if a request was not answered."""
         if contender.server == PEFT:
             return peft_tokens_per_second(self._model_folder, self._adapters, case.num_adapters)
         entry = self._entries[contender.server]
@@ -111,7 +108,7 @@ class _Contest:
         share = case.streams / 32 * (1 if case.streams > 1 else 2)
         new_tokens = _WARMING_TOKENS if is_warming else self._plan.new_tokens
         settings = Settings(
-            base=_BASE,
+            base=BASE,
             num_requests=case.streams if is_warming else max(1, int(self._plan.requests * share)),
             num_adapters=case.num_adapters,
             prompt_words=(_PROMPT_WORDS, _PROMPT_WORDS),
@@ -119,22 +116,19 @@ class _Contest:
             seed=number or 0,
         )
         workload = draw("base" if contender.is_base else "distinct", settings)
-        with _going_on(entry.server):
-            outcomes = play_showing(
-                entry.server.url, entry.endpoint, workload, num_streams=case.streams
+        with entry.server.going_on():
+            found = measure_whole(
+                entry.server.url, workload, endpoint=entry.endpoint, num_streams=case.streams
             )
-        found = summarize(outcomes)
         value = case.read(found)
-        if value is None or found.num_answered < found.num_requests:
-            missing = found.num_requests - found.num_answered
-            reason = next(iter(found.errors), "429")
-            raise RuntimeError(f"{missing} of {found.num_requests} not answered: {reason}")
+        if value is None:
+            raise RuntimeError("no answer had a token")
         return value
 
     def _start_ours(self, name: str, *arguments: str) -> None:
         typer.echo(f"starting {name}", err=True)
         log = self._out / f"{'merged' if arguments else 'ours'}.log"
-        settings = ("--model-name", _BASE, "--adapters", str(self._adapters), *arguments)
+        settings = ("--model-name", BASE, "--adapters", str(self._adapters), *arguments)
         server = self._stack.enter_context(our_server(log, *settings))
         self._add(name, server, OpenAiEndpoint())
 
@@ -145,17 +139,8 @@ class _Contest:
         command = peer.command(self._model_folder, self._adapters, self._gguf)
         log = self._out / f"{peer.folder_name}.log"
         server = self._stack.enter_context(running(command, log))
-        self._add(peer.name, server, peer.endpoint(server.url, _BASE))
+        self._add(peer.name, server, peer.endpoint(server.url, BASE))
 
     def _add(self, name: str, server: Server, endpoint: Endpoint) -> None:
         self._entries[name] = _Entry(server, endpoint)
-        server.hold_still()
-
-
-@contextmanager
-def _going_on(server: Server) -> Iterator[None]:
-    server.go_on()
-    try:
-        yield
-    finally:
         server.hold_still()

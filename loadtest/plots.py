@@ -22,16 +22,13 @@ def plot_run(folder: Path, outcomes: Sequence[Outcome], found: Figures) -> None:
 
 
 def plot_curves(
-    path: Path, x_label: str, curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
+    path: Path, x_label: str, curves: Mapping[str, Sequence[tuple[float, float]]]
 ) -> None:
-    """One panel for each y label of `curves`, with a line for each of its names of (x, y)."""
+    """Write one panel for each y label of `curves`, with its points (x, y)."""
     figure, panels = _panels(len(curves))
-    for axes, (y_label, lines) in zip(panels, curves.items(), strict=True):
-        for name, points in lines.items():
-            axes.plot(*zip(*points, strict=True), marker="o", label=name)
+    for axes, (y_label, points) in zip(panels, curves.items(), strict=True):
+        axes.plot(*zip(*points, strict=True), marker="o")
         axes.set(xlabel=x_label, ylabel=y_label, ylim=(0, None))
-        if len(lines) > 1:
-            axes.legend()
     _save(figure, path)
 
 

@@ -19,6 +19,7 @@ from loadtest.quick import resident_mib
 START_SECONDS = 900.0
 _END_SECONDS = 60.0
 _SHOWN_OF_LOG = 2000  # characters
+_MIB = 1024**2
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,15 @@ class Server:
     def go_on(self) -> None:
         """Let it run again."""
         self._signal(signal.SIGCONT)
+
+    @contextmanager
+    def going_on(self) -> Iterator[None]:
+        """Let it run again until this ends."""
+        self.go_on()
+        try:
+            yield
+        finally:
+            self.hold_still()
 
     def end(self) -> None:
         """Ask it to end, and make it end if it does not."""
@@ -115,6 +125,21 @@ def our_server(log: Path, *arguments: str) -> Iterator[Server]:
         )
         with running(Command(words, port, "/ready"), log) as server:
             yield server
+
+
+def memory_settings(folder: Path, in_batch: int, *, share: float = 1.0) -> tuple[str, ...]:
+    """Arguments of a server that give a share of a folder's adapters room, half in each tier.
+
+    A share of 1 is all of them in host memory, and on the device as many as a batch has.
+    """
+    sizes = [file.stat().st_size for file in folder.glob("t*/adapter_model.safetensors")]
+    if share < 1:
+        device = host = int(share / 2 * sum(sizes))
+    else:
+        # Pages and blocks of files hold a little more than the bytes of a file.
+        device = max(512 * _MIB, int(1.25 * in_batch * max(sizes, default=0)))
+        host = max(512 * _MIB, int(1.25 * sum(sizes)))
+    return ("--adapter-memory", f"{device}B", "--adapter-host-memory", f"{host}B")
 
 
 def free_port() -> int:
