@@ -6,6 +6,7 @@ commands throughput, gaps, memory and pool print a line of JSON.
 """
 
 import json
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -328,5 +329,11 @@ def _show(figures: quick.QuickFigures) -> None:
     typer.echo(json.dumps(figures))
 
 
+def _end(*_signal: object) -> None:
+    """Leave by the way on which servers that were started are ended."""
+    raise SystemExit(1)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     app()

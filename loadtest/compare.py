@@ -14,7 +14,7 @@ from loadtest.capacity import BASE, measure_whole
 from loadtest.comparison import CASES, MERGED, NUM_ADAPTERS, OURS, PEFT, Case, Comparison, Contender
 from loadtest.endpoint import Endpoint, OpenAiEndpoint
 from loadtest.peers import LlamaCpp, Peer, VllmCpu, peft_tokens_per_second
-from loadtest.servers import Server, our_server, running
+from loadtest.servers import Server, only, our_server, running
 from loadtest.workloads import Settings, adapter_name, draw
 from sharelora_serve.models.source import base_folder
 
@@ -87,8 +87,9 @@ class _Contest:
         """Measure every case with every contender; None is a short one that counts for nothing."""
         for case in CASES:
             for contender in case.contenders:
-                if contender.server != PEFT and contender.server not in self._entries:
-                    continue
+                is_there = contender.server in self._entries
+                if not is_there and (contender.server != PEFT or number is None):
+                    continue  # PEFT, which is no server, warms itself up
                 what = f"{'warming up' if number is None else f'round {number}'}: {case.name}"
                 typer.echo(f"{what}: {contender.label}", err=True)
                 try:
@@ -116,7 +117,7 @@ class _Contest:
             seed=number or 0,
         )
         workload = draw("base" if contender.is_base else "distinct", settings)
-        with entry.server.going_on():
+        with only(entry.server, (each.server for each in self._entries.values())):
             found = measure_whole(
                 entry.server.url, workload, endpoint=entry.endpoint, num_streams=case.streams
             )

@@ -10,7 +10,7 @@ from loadtest.adapters import Kind, write_adapters
 from loadtest.capacity import BASE, measure_capacity, measure_whole
 from loadtest.figures import Figures
 from loadtest.report import Report
-from loadtest.servers import Server, memory_settings, our_server
+from loadtest.servers import Server, memory_settings, only, our_server
 from loadtest.workloads import Settings, draw
 
 _FEW = 5
@@ -61,7 +61,7 @@ def measure_registered(plan: Plan, folder: Path) -> Report:
             log = folder / f"server-{number}.log"
             servers.append(stack.enter_context(our_server(log, *arguments)))
             servers[-1].hold_still()
-        with servers[0].going_on():
+        with only(servers[0], servers):
             measure_capacity(servers[0].url, "base", settings, _NUM_STREAMS)  # warms up
             capacity = measure_capacity(servers[0].url, "base", settings, _NUM_STREAMS)
         for number in range(plan.rounds + 1):
@@ -69,7 +69,7 @@ def measure_registered(plan: Plan, folder: Path) -> Report:
                 drawn = replace(
                     settings, num_adapters=count, rate=plan.load * capacity, seed=number
                 )
-                with server.going_on():
+                with only(server, servers):
                     measured = measure_whole(server.url, draw("slora", drawn))
                 if number > 0:  # the first one warms up
                     found.append(measured)

@@ -6,7 +6,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,15 +61,6 @@ class Server:
         """Let it run again."""
         self._signal(signal.SIGCONT)
 
-    @contextmanager
-    def going_on(self) -> Iterator[None]:
-        """Let it run again until this ends."""
-        self.go_on()
-        try:
-            yield
-        finally:
-            self.hold_still()
-
     def end(self) -> None:
         """Ask it to end, and make it end if it does not."""
         self.go_on()
@@ -109,6 +100,18 @@ def running(command: Command, log: Path) -> Iterator[Server]:
         yield server
     finally:
         server.end()
+
+
+@contextmanager
+def only(server: Server, servers: Iterable[Server]) -> Iterator[None]:
+    """Of all servers let this one run, and none of them afterwards."""
+    for each in servers:
+        each.hold_still()  # again: what freezes and thaws this process wakes all of them
+    server.go_on()
+    try:
+        yield
+    finally:
+        server.hold_still()
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from loadtest.figures import Figures
 from loadtest.machine import describe_machine
 from loadtest.markdown import figure, table
 from loadtest.results import can_plot
-from loadtest.servers import Server, memory_settings, our_server
+from loadtest.servers import Server, memory_settings, only, our_server
 from loadtest.workloads import Settings, draw
 
 
@@ -106,7 +106,7 @@ def sweep(name: str, folder: Path, *, rounds: int, most: int, requests: int) -> 
             for value, point in points.items():
                 typer.echo(f"round {number} of {rounds}: {value} {axis.label}", err=True)
                 server = servers[point.server]
-                with server.going_on():
+                with only(server, servers.values()):
                     found = _measure(point, server, number, requests)
                 memory[value] = server.resident_mib
                 if number > 0:  # the first one warms up

@@ -8,7 +8,7 @@ import pytest
 
 from loadtest.endpoint import Endpoint, OpenAiEndpoint
 from loadtest.peers import Peer
-from loadtest.servers import Command, free_port, memory_settings, running
+from loadtest.servers import Command, free_port, memory_settings, only, running
 
 
 def file_server(folder: Path) -> Command:
@@ -24,7 +24,7 @@ def test_a_server_answers_but_while_it_is_held_still(tmp_path: Path) -> None:
         server.hold_still()
         with pytest.raises(httpx.ReadTimeout):
             httpx.get(server.url, timeout=0.5)
-        with server.going_on():
+        with only(server, [server]):
             assert httpx.get(server.url).status_code == 200
         with pytest.raises(httpx.ReadTimeout):
             httpx.get(server.url, timeout=0.5)
@@ -72,6 +72,7 @@ class MissingPeer(Peer):
         self._pip("install", "--no-index", "sharelora-no-such-package")
 
 
+@pytest.mark.slow
 def test_a_peer_that_cannot_be_set_up_says_why(tmp_path: Path) -> None:
     peer = MissingPeer(tmp_path)
     for _ in range(2):  # what the first try leaves is no hindrance
