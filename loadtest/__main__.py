@@ -1,53 +1,190 @@
 """python -m loadtest COMMAND: measures a running server, or makes adapters to measure it with.
 
 uploads, reloads, tiers and merging check answers too: they print a table, and exit with 1 if an
-answer was wrong or a request failed. The others print JSON.
+answer was wrong or a request failed. run plays a workload to any OpenAI-compatible server; the
+commands throughput, gaps, memory and pool print a line of JSON.
 """
 
-import asyncio
 import json
-import random
-import statistics
-import time
-from collections.abc import Callable
-from itertools import pairwise
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import httpx
 import typer
 
-from loadtest.client import Timeline, make_client, random_prompt, stream
+from loadtest import quick
 from loadtest.merging import measure_merging
 from loadtest.reloads import Plan, measure_reloads
 from loadtest.report import Report
-from loadtest.step import measure_steps
+from loadtest.run import APIS, Target, prepare, read_keys, run, text
 from loadtest.tiers import Load, measure_tiers
 from loadtest.uploads import measure_uploads
-from sharelora_serve.errors import ConfigurationError
+from loadtest.workloads import KINDS, Settings
+from sharelora_serve.errors import ServeError
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help=__doc__)
 
 Url = Annotated[str, typer.Option(help="Address of the server, such as http://127.0.0.1:8000.")]
 Base = Annotated[str, typer.Option(help="Name of the base.")]
 AdapterFolder = Annotated[Path, typer.Option(help="A folder of PEFT's or ShareLoRA's.")]
+Range = Annotated[tuple[int, int], typer.Option(help="Least and most, drawn uniformly.")]
+Streams = Annotated[int | None, typer.Option(min=1, help="Of a closed loop, such as 32.")]
+Rate = Annotated[float | None, typer.Option(min=0.001, help="Requests per second, open loop.")]
 DEFAULT_URL, DEFAULT_BASE = "http://127.0.0.1:8000", "SmolLM2-135M-Instruct"
+BUILD = Path("build")
 EXAMPLE = Path("adapters/banking77-intent")
+
+
+@app.command("run")
+def run_command(
+    workload: Annotated[
+        str | None, typer.Argument(help=f"One of {', '.join(KINDS)}.", metavar="[WORKLOAD]")
+    ] = None,
+    url: Url = DEFAULT_URL,
+    base: Base = DEFAULT_BASE,
+    api: Annotated[str, typer.Option(help=f"One of {', '.join(APIS)}.")] = "openai",
+    api_key: Annotated[str | None, typer.Option(envvar="LOADTEST_API_KEY")] = None,
+    tenant_keys: Annotated[
+        Path | None, typer.Option(help="JSON object of tenant: API key; others use --api-key.")
+    ] = None,
+    streams: Streams = None,
+    rate: Rate = None,
+    requests: Annotated[int, typer.Option(min=1)] = 64,
+    num_adapters: Annotated[int, typer.Option(min=0, help="Called t000, t001, ...")] = 0,
+    cv: Annotated[float, typer.Option(min=0.01, help="Of the gaps; 1 is Poisson.")] = 1.0,
+    exponent: Annotated[float, typer.Option(min=0.01, help="Of slora; 1 is uniform.")] = 1.0,
+    flood: Annotated[float, typer.Option(min=1, help="Times its share, of burst's first.")] = 10.0,
+    prompt_words: Range = (32, 32),
+    new_tokens: Range = (64, 64),
+    seed: int = 0,
+    save: Annotated[Path | None, typer.Option(help="File to keep the workload in.")] = None,
+    replay: Annotated[Path | None, typer.Option(help="Such a file, in a workload's place.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for results, report and plots.")] = None,
+) -> None:
+    """Play WORKLOAD: with --streams as a closed loop, else as an open one at --rate.
+
+    Exits with 1 if a request failed; one that is refused with 429 is counted apart. A workload
+    over reloads is the command reloads.
+    """
+    with _one_message():
+        settings = Settings(
+            base=base,
+            num_requests=requests,
+            num_adapters=num_adapters,
+            rate=rate,
+            cv=cv,
+            exponent=exponent,
+            prompt_words=prompt_words,
+            new_tokens=new_tokens,
+            flood=flood,
+            seed=seed,
+        )
+        keys = None if tenant_keys is None else read_keys(tenant_keys)
+        drawn = prepare(workload, settings, replay, save)
+        found = run(Target(url, base, api, api_key, keys), drawn, streams, out)
+        typer.echo(text(drawn, streams, found))
+    if found.num_failed:
+        raise typer.Exit(1)
+
+
+@app.command("compare")
+def compare_command(
+    peers: Annotated[Path, typer.Option(help="Where they are, or are set up.")] = BUILD / "peers",
+    out: Annotated[Path, typer.Option(help="Folder for table and logs.")] = BUILD / "compare",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    requests: Annotated[int, typer.Option(min=32, help="Per round of 32 streams.")] = 64,
+    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+) -> None:
+    """Set up vLLM, llama.cpp and PEFT, and hold this server against them in turn."""
+    from loadtest.compare import Plan as ComparePlan
+    from loadtest.compare import compare
+
+    with _one_message():
+        comparison = compare(ComparePlan(peers, rounds, requests, new_tokens), out)
+    typer.echo(comparison.markdown())
+
+
+@app.command("sweep")
+def sweep_command(
+    axes: Annotated[
+        list[str] | None, typer.Argument(help="What grows; all without it.", metavar="[AXES]")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for tables and plots.")] = BUILD / "sweep",
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    most: Annotated[int, typer.Option(min=1, help="Leave out larger values.")] = 2000,
+    requests: Annotated[int, typer.Option(min=1, help="Of each stream in a round.")] = 2,
+) -> None:
+    """Start servers, and measure them as adapters, rank, streams or prompts grow.
+
+    AXES are registered, batch, rank, streams and prompt.
+    """
+    from loadtest.sweep import AXES, sweep
+
+    with _one_message():
+        for name in axes or AXES:
+            if name not in AXES:
+                raise RuntimeError(f"there is no axis {name!r}: {', '.join(AXES)}")
+            typer.echo(sweep(name, out, rounds=rounds, most=most, requests=requests))
+
+
+@app.command("registered")
+def registered_command(
+    out: Annotated[Path, typer.Option(help="Folder for adapters and logs.")] = BUILD / "registered",
+    count: Annotated[int, typer.Option(min=5)] = 2000,
+    rank: Annotated[str, typer.Option(help="Such as 8, or 8,64 in turn.")] = "8",
+    load: Annotated[float, typer.Option(min=0.01, help="Of the base's capacity.")] = 0.8,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    requests: Annotated[int, typer.Option(min=1)] = 200,
+) -> None:
+    """Start servers with 5 and with 2,000 adapters, and play S-LoRA's workload to them in turn."""
+    from loadtest.adapters import Kind
+    from loadtest.registered import Plan as RegisteredPlan
+    from loadtest.registered import measure_registered
+
+    def measure() -> Report:
+        kind = Kind.parse("A", rank, common_a=False, expanded=False)
+        return measure_registered(RegisteredPlan(count, kind, load, rounds, requests), out)
+
+    _tell(measure)
+
+
+@app.command("flood")
+def flood_command(
+    out: Annotated[Path, typer.Option(help="Folder for adapters and logs.")] = BUILD / "flood",
+    tenants: Annotated[int, typer.Option(min=2)] = 8,
+    load: Annotated[float, typer.Option(min=0.01, help="Without the flood, of capacity.")] = 0.5,
+    flood: Annotated[float, typer.Option(min=1, help="Times its share.")] = 10.0,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    requests: Annotated[int, typer.Option(min=1, help="Of a round without the flood.")] = 100,
+) -> None:
+    """Start a server with API keys, and let one tenant send many times its share in turn."""
+    from loadtest.flood import Plan as FloodPlan
+    from loadtest.flood import measure_flood
+
+    _tell(lambda: measure_flood(FloodPlan(tenants, load, flood, rounds, requests), out))
 
 
 @app.command()
 def adapters(
     folder: Path,
     count: int = 32,
-    rank: int = 16,
-    common_a: bool = False,
-    expanded: bool = False,
-    model: str | None = None,
+    rank: Annotated[str, typer.Option(help="Such as 16, or 8,64 in turn.")] = "16",
+    share: Annotated[str, typer.Option(help="What all layers share: none, A, B or AB.")] = "A",
+    common_a: Annotated[bool, typer.Option(help="All adapters have the same A.")] = False,
+    expanded: Annotated[bool, typer.Option(help="As plain PEFT LoRA.")] = False,
+    gguf: Annotated[
+        Path | None, typer.Option(help="Folder for the same in llama.cpp's form.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of the base.")] = None,
 ) -> None:
-    """Write synthetic ShareA adapters t000, t001, ... into FOLDER."""
-    from loadtest.adapters import write_adapters
+    """Write synthetic adapters t000, t001, ... into FOLDER."""
+    from loadtest.adapters import Kind, write_adapters
 
-    write_adapters(folder, count, rank, common_a=common_a, expanded=expanded, model=model)
+    with _one_message():
+        kind = Kind.parse(share, rank, common_a=common_a, expanded=expanded)
+        write_adapters(folder, count, kind, gguf=gguf, model=model)
 
 
 @app.command()
@@ -61,31 +198,16 @@ def throughput(
     new_tokens: int = 64,
 ) -> None:
     """Closed loop: request i asks for adapter i modulo num-adapters, or for the base."""
-    generator = random.Random(0)
-
-    async def run() -> tuple[list[Timeline], float]:
-        gate = asyncio.Semaphore(streams)
-        async with make_client(url) as client:
-
-            async def one(number: int, prompt: str) -> Timeline:
-                model = f"t{number % num_adapters:03d}" if num_adapters else base
-                async with gate:
-                    return await stream(client, model, prompt, new_tokens)
-
-            prompts = [random_prompt(prompt_words, generator) for _ in range(requests)]
-            start = time.perf_counter()
-            timelines = await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts)))
-            return timelines, time.perf_counter() - start
-
-    timelines, seconds = asyncio.run(run())
-    gaps_seen = [gap for timeline in timelines for gap in timeline.gaps]
-    first = sorted(timeline.first_token_seconds for timeline in timelines)
     _show(
-        adapters=num_adapters,
-        streams=streams,
-        tokens_per_second=round(requests * new_tokens / seconds, 1),
-        first_token_p50_seconds=round(statistics.median(first), 3),
-        time_per_token_ms=round(1000 * statistics.fmean(gaps_seen), 2) if gaps_seen else None,
+        quick.measure_throughput(
+            url,
+            base,
+            num_adapters=num_adapters,
+            num_streams=streams,
+            num_requests=requests,
+            prompt_words=prompt_words,
+            new_tokens=new_tokens,
+        )
     )
 
 
@@ -94,75 +216,19 @@ def gaps(
     url: Url = DEFAULT_URL, base: Base = DEFAULT_BASE, streams: int = 8, prompt_words: int = 1500
 ) -> None:
     """Streams decode; a long prompt arrives: how long does any of them wait for its next token?"""
-    generator = random.Random()
-
-    async def run() -> tuple[list[Timeline], Timeline]:
-        async with make_client(url) as client:
-            prompts = [random_prompt(16, generator) for _ in range(streams)]
-            decoding = [asyncio.create_task(stream(client, base, p, 300)) for p in prompts]
-            await asyncio.sleep(2.0)
-            long = await stream(client, base, random_prompt(prompt_words, generator), 1)
-            return await asyncio.gather(*decoding), long
-
-    timelines, long = asyncio.run(run())
-    # Before the long prompt arrives every stream is past its own.
-    steady = [
-        later - earlier
-        for timeline in timelines
-        for earlier, later in pairwise(timeline.tokens_at)
-        if long.sent_at - 1.0 < earlier and later < long.sent_at
-    ]
-    during = [
-        later - earlier
-        for timeline in timelines
-        for earlier, later in pairwise(timeline.tokens_at)
-        if later > long.sent_at and earlier < long.tokens_at[0]
-    ]
-    median = statistics.median(steady)
-    _show(
-        streams=streams,
-        median_step_ms=round(1000 * median, 1),
-        longest_gap_ms=round(1000 * max(during), 1),
-        longest_gap_steps=round(max(during) / median, 2),
-        long_first_token_seconds=round(long.first_token_seconds, 2),
-    )
+    _show(quick.measure_gaps(url, base, streams, prompt_words))
 
 
 @app.command()
 def memory(pid: int, url: Url = DEFAULT_URL, num_adapters: int = 50, requests: int = 2000) -> None:
     """Resident memory of process PID after a tenth of the requests and after all of them."""
-    generator = random.Random(0)
-
-    async def run() -> tuple[float, float]:
-        gate = asyncio.Semaphore(16)
-        async with make_client(url) as client:
-
-            async def one(number: int) -> None:
-                async with gate:
-                    prompt = random_prompt(generator.randint(1, 60), generator)
-                    model = f"t{generator.randrange(num_adapters):03d}"
-                    await stream(client, model, prompt, 1 + number % 16)
-
-            await asyncio.gather(*(one(i) for i in range(requests // 10)))
-            early = _resident_mib(pid)
-            await asyncio.gather(*(one(i) for i in range(requests // 10, requests)))
-            return early, _resident_mib(pid)
-
-    early, late = asyncio.run(run())
-    _show(
-        resident_mib_after_a_tenth=round(early, 1),
-        resident_mib_after_all=round(late, 1),
-        growth_percent=round(100 * (late / early - 1), 2),
-    )
+    _show(quick.measure_memory(pid, url, num_adapters, requests))
 
 
 @app.command()
 def pool(url: Url = DEFAULT_URL) -> None:
     """What the server's metrics say of the adapters' memory."""
-    text = httpx.get(f"{url}/metrics").text
-    wanted = ("sharelora_adapter_memory", "sharelora_adapter_dedupe", "sharelora_adapters_")
-    lines = [line.split(" ") for line in text.splitlines() if line.startswith(wanted)]
-    _show(**{name: float(value) for name, value in lines})
+    _show(quick.read_pool(url))
 
 
 @app.command()
@@ -243,49 +309,61 @@ def merging(
     _tell(lambda: measure_merging(url, base, adapter, rounds))
 
 
-@app.command()
-def step(
+@app.command("step")
+def step_command(
     adapters: Annotated[
         Path | None, typer.Option(help="Folder of adapters, at least as many as streams.")
     ] = None,
-    streams: Annotated[list[int], typer.Option(help="May be given several times.")] = [1, 8, 32],  # noqa: B006
+    streams: Annotated[
+        list[int] | None, typer.Option(help="May be given several times; else 1, 8 and 32.")
+    ] = None,
     threads: int | None = None,
-    num_tokens: int = 80,
-    rounds: int = 3,
+    new_tokens: Annotated[int, typer.Option(min=4)] = 80,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
     output: Annotated[Path | None, typer.Option(help="File for the figures as JSON.")] = None,
 ) -> None:
     """Where a decode step's time goes, without HTTP; starts an engine of its own."""
-    try:
+    from loadtest.step import measure_steps
+
+    with _one_message():
         times = measure_steps(
-            adapters, streams=streams, threads=threads, num_tokens=num_tokens, rounds=rounds
+            adapters,
+            streams=streams or [1, 8, 32],
+            threads=threads,
+            num_tokens=new_tokens,
+            rounds=rounds,
         )
-    except (RuntimeError, ConfigurationError) as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
+        if output is not None:
+            output.write_text(json.dumps(times.as_dict(), indent=2) + "\n")
     typer.echo(times.as_markdown())
-    if output is not None:
-        output.write_text(json.dumps(times.as_dict(), indent=2) + "\n")
 
 
 def _tell(measure: Callable[[], Report]) -> None:
     """Print what was measured; exit with 1 if it failed, or could not be measured at all."""
-    try:
+    with _one_message():
         report = measure()
-    except RuntimeError as error:
-        typer.echo(error, err=True)
-        raise typer.Exit(1) from None
     report.end()
 
 
-def _resident_mib(pid: int) -> float:
-    status = Path(f"/proc/{pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) / 1024
+@contextmanager
+def _one_message() -> Iterator[None]:
+    """Turn what cannot be measured into a message and the exit code 1."""
+    try:
+        yield
+    except (RuntimeError, ServeError) as error:
+        typer.echo(error, err=True)
+        raise typer.Exit(1) from None
 
 
-def _show(**figures: Any) -> None:  # noqa: ANN401 - figures are numbers of any kind
+def _show(figures: quick.QuickFigures) -> None:
     typer.echo(json.dumps(figures))
 
 
+def _end(*_signal: object) -> None:
+    """Leave by the way on which servers that were started are ended."""
+    raise SystemExit(1)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _end)
     app()

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from loadtest.markdown import table
 from loadtest.timed_kernels import ADAPTERS, ATTENTION, ELEMENTWISE, PRODUCTS, TimedKernels
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.config import ServeConfig
@@ -70,14 +71,13 @@ class StepTimes:
 
     def as_markdown(self) -> str:
         """A table of milliseconds."""
-        headings = ("streams", "adapters", "step", *PARTS, "products' share")
-        lines = [headings, ["---"] * len(headings)]
+        rows = []
         for step in self.steps:
             times = (step.total, *(step.parts[name] for name in PARTS))
             figures = (str(step.streams), str(step.num_adapters), *(f"{ms:.1f}" for ms in times))
-            lines.append((*figures, f"{step.product_share:.0%}"))
-        table = "\n".join(f"| {' | '.join(line)} |" for line in lines)
-        return f"{table}\n\nReading the weights once: {self.read_weights:.1f} ms."
+            rows.append((*figures, f"{step.product_share:.0%}"))
+        lines = table(("streams", "adapters", "step", *PARTS, "products' share"), rows)
+        return f"{lines}\nReading the weights once: {self.read_weights:.1f} ms."
 
 
 def measure_steps(

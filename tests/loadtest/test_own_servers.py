@@ -1,0 +1,40 @@
+"""The commands that start servers of the embedded base themselves, at their smallest."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from loadtest.__main__ import app
+
+pytestmark = pytest.mark.slow
+
+
+def call(*words: object) -> str:
+    result = CliRunner().invoke(app, [str(word) for word in words])
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+def test_sweep_has_a_line_and_a_point_for_every_value(tmp_path: Path) -> None:
+    words = ("--rounds", 1, "--requests", 1, "--most", 1)
+    output = call("sweep", "batch", *words, "--out", tmp_path)
+    assert (tmp_path / "batch.md").read_text().strip() in output
+    points = json.loads((tmp_path / "batch.json").read_text())["points"]
+    assert [point["value"] for point in points] == [0, 1]
+    assert all(value > 0 for point in points for value in list(point.values())[1:])
+    assert (tmp_path / "batch.png").is_file()
+
+
+def test_flood_tells_the_others_waiting_with_and_without_it(tmp_path: Path) -> None:
+    output = call("flood", "--tenants", 3, "--rounds", 1, "--requests", 12, "--out", tmp_path)
+    assert "times that, median and rounds" in output
+    assert "failed requests" in output
+
+
+def test_registered_tells_what_many_adapters_cost(tmp_path: Path) -> None:
+    words = ("--count", 20, "--rank", "8,16", "--rounds", 1, "--requests", 8)
+    output = call("registered", *words, "--out", tmp_path)
+    assert "20 adapters, all in host memory" in output
+    assert "20 adapters, room for 10%" in output

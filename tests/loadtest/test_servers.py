@@ -1,0 +1,80 @@
+"""Servers that are started, held still and ended; peers that cannot be set up."""
+
+import sys
+from pathlib import Path
+
+import httpx
+import pytest
+
+from loadtest.endpoint import Endpoint, OpenAiEndpoint
+from loadtest.peers import Peer
+from loadtest.servers import Command, free_port, memory_settings, only, running
+
+
+def file_server(folder: Path) -> Command:
+    port = free_port()
+    words = (sys.executable, "-m", "http.server", str(port), "--bind", "127.0.0.1")
+    return Command((*words, "--directory", str(folder)), port, "/")
+
+
+def test_a_server_answers_but_while_it_is_held_still(tmp_path: Path) -> None:
+    with running(file_server(tmp_path), tmp_path / "log") as server:
+        assert httpx.get(server.url).status_code == 200
+        assert server.resident_mib > 1
+        server.hold_still()
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.get(server.url, timeout=0.5)
+        with only(server, [server]):
+            assert httpx.get(server.url).status_code == 200
+        with pytest.raises(httpx.ReadTimeout):
+            httpx.get(server.url, timeout=0.5)
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(server.url)
+
+
+def test_a_server_that_does_not_start_says_what_its_log_says(tmp_path: Path) -> None:
+    command = Command((sys.executable, "-c", "raise SystemExit('no weights')"), free_port(), "/")
+    with (
+        pytest.raises(RuntimeError, match="no weights"),
+        running(command, tmp_path / "folder" / "log"),
+    ):
+        pass
+
+
+def test_room_is_for_all_adapters_or_for_a_share_of_them(tmp_path: Path) -> None:
+    size = 100_000_000
+    for number in range(20):
+        folder = tmp_path / f"t{number:03d}"
+        folder.mkdir()
+        with (folder / "adapter_model.safetensors").open("wb") as file:
+            file.truncate(size)
+    everything = memory_settings(tmp_path, in_batch=8)
+    assert everything == (
+        *("--adapter-memory", f"{10 * size}B"),
+        *("--adapter-host-memory", f"{25 * size}B"),
+    )
+    tenth = memory_settings(tmp_path, in_batch=8, share=0.1)
+    assert tenth == ("--adapter-memory", f"{size}B", "--adapter-host-memory", f"{size}B")
+
+
+class MissingPeer(Peer):
+    name = "a peer"
+    folder_name = "peer"
+    is_set_up = False
+
+    def command(self, model_folder: Path, adapters: Path, gguf: Path) -> Command:
+        raise NotImplementedError
+
+    def endpoint(self, url: str, base: str) -> Endpoint:  # noqa: ARG002
+        return OpenAiEndpoint()
+
+    def _set_up(self) -> None:
+        self._pip("install", "--no-index", "sharelora-no-such-package")
+
+
+@pytest.mark.slow
+def test_a_peer_that_cannot_be_set_up_says_why(tmp_path: Path) -> None:
+    peer = MissingPeer(tmp_path)
+    for _ in range(2):  # what the first try leaves is no hindrance
+        with pytest.raises(RuntimeError, match="No matching distribution found"):
+            peer.prepare()
