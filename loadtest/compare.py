@@ -106,7 +106,8 @@ class _Contest:
             return peft_tokens_per_second(self._model_folder, self._adapters, case.num_adapters)
         entry = self._entries[contender.server]
         is_warming = number is None
-        share = case.streams / 32 * (1 if case.streams > 1 else 2)
+        # A lone stream has twice its share: with less its figure would be of one or two requests.
+        share = (case.streams if case.streams > 1 else 2) / 32
         new_tokens = _WARMING_TOKENS if is_warming else self._plan.new_tokens
         settings = Settings(
             base=BASE,

@@ -137,7 +137,8 @@ def memory_settings(folder: Path, in_batch: int, *, share: float = 1.0) -> tuple
     """
     sizes = [file.stat().st_size for file in folder.glob("t*/adapter_model.safetensors")]
     if share < 1:
-        device = host = int(share / 2 * sum(sizes))
+        host = int(share / 2 * sum(sizes))
+        device = max(host, 2 * max(sizes, default=0))  # less would serve nothing
     else:
         # Pages and blocks of files hold a little more than the bytes of a file.
         device = max(512 * _MIB, int(1.25 * in_batch * max(sizes, default=0)))

@@ -53,8 +53,10 @@ def test_room_is_for_all_adapters_or_for_a_share_of_them(tmp_path: Path) -> None
         *("--adapter-memory", f"{10 * size}B"),
         *("--adapter-host-memory", f"{25 * size}B"),
     )
-    tenth = memory_settings(tmp_path, in_batch=8, share=0.1)
-    assert tenth == ("--adapter-memory", f"{size}B", "--adapter-host-memory", f"{size}B")
+    half = memory_settings(tmp_path, in_batch=8, share=0.5)
+    assert half == ("--adapter-memory", f"{5 * size}B", "--adapter-host-memory", f"{5 * size}B")
+    little = memory_settings(tmp_path, in_batch=8, share=0.05)
+    assert little[:2] == ("--adapter-memory", f"{2 * size}B")
 
 
 class MissingPeer(Peer):
