@@ -53,10 +53,12 @@ class CudaKernels(ReferenceKernels):
         self._counted: tuple[Tensor | None, int] = (None, 0)  # offsets, and their max_pages
 
     def max_pages(self, adapters: AdapterBatch) -> int:
-        """The most pages that an entry of the batch has.
+        """No entry of the batch has more pages.
 
-        Waits for the device where the page tables are others than the last time.
+        Waits for the device where that is not known and the tables are others than the last time.
         """
+        if isinstance(adapters, CountedAdapters):
+            return adapters.max_pages
         offsets, count = self._counted
         if offsets is not adapters.offsets:
             count = int(adapters.offsets.diff(dim=1).max())
@@ -146,9 +148,7 @@ class CudaKernels(ReferenceKernels):
         b, w = buffers, weights
         plan = None
         if adapters is not None:
-            is_counted = isinstance(adapters, CountedAdapters)
-            max_pages = adapters.max_pages if is_counted else self.max_pages(adapters)
-            plan = make_plan(adapters, max_pages)
+            plan = make_plan(adapters, self.max_pages(adapters))
         rows = PagedRows.of(attention)
         angles = (w.cosine[rows.positions].unsqueeze(1), w.sine[rows.positions].unsqueeze(1))
         fused = {

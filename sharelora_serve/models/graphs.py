@@ -22,7 +22,7 @@ Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 RunStep = Callable[[Tensor, AttentionBatch, AdapterBatch | None], Tensor]
 """(token_ids, attention, adapters) -> logits (num_tokens, vocab_size) of every row."""
 
-_MAX_RECORDED = 64  # steps that differ in rows or in the shape of their adapters' plan
+_FEWEST_PAGES = 2  # of an entry of the adapters that a step with adapters is recorded for
 
 
 def cuda_graph(device: torch.device) -> Record:
@@ -53,13 +53,12 @@ def batch_sizes(max_running: int) -> list[int]:
 
 
 class _Shape(NamedTuple):
-    """What the batches that one recorded step serves have in common; room for as many as it says.
+    """What the batches that one recorded step serves have in common; powers of two.
 
-    num_pages, max_pages  of the adapters, see AdaptedPlan; 0 where all rows are the base's
+    max_pages  of the adapters, see AdaptedPlan; 0 where all rows are the base's
     """
 
     num_rows: int
-    num_pages: int
     max_pages: int
 
 
@@ -73,6 +72,8 @@ class DecodeGraphs:
     """Runs batches that have one row for each sequence, and need the logits of every row.
 
     Used by the engine's thread alone.
+
+    sizes  rows of what is recorded, see batch_sizes
     """
 
     def __init__(
@@ -91,7 +92,7 @@ class DecodeGraphs:
         """
         self._record = record
         self._kernels = kernels
-        self._sizes = batch_sizes(max_running)
+        self.sizes = batch_sizes(max_running)
         self._token_ids = torch.zeros(max_running, dtype=torch.int64, device=device)
         self._attention = AttentionBatch(
             positions=torch.zeros(max_running, dtype=torch.int32, device=device),
@@ -106,7 +107,7 @@ class DecodeGraphs:
         num_rows = len(token_ids)
         return (
             num_rows == len(attention.block_tables) == len(logit_rows)
-            and num_rows <= self._sizes[-1]
+            and num_rows <= self.sizes[-1]
             and attention.block_tables.shape[1] <= self._attention.block_tables.shape[1]
         )
 
@@ -122,7 +123,7 @@ class DecodeGraphs:
         step  must compute with the same weights, caches and arena each time, until `forget`
         """
         num_rows = len(token_ids)
-        size = next(size for size in self._sizes if size >= num_rows)
+        size = next(size for size in self.sizes if size >= num_rows)
         room = self._attention
         rows = AttentionBatch(
             room.positions[:size], room.row_sequence[:size], room.block_tables[:size], room.tasks
@@ -134,14 +135,12 @@ class DecodeGraphs:
         ):
             kept.zero_()
             kept[tuple(slice(length) for length in new.shape)] = new
-        shape = _Shape(size, 0, 0)
+        shape = _Shape(size, 0)
         if adapters is not None:
-            num_pages = _power_of_two(len(adapters.a_pages))
-            shape = _Shape(size, num_pages, _power_of_two(self._kernels.max_pages(adapters)))
+            max_pages = max(_FEWEST_PAGES, self._kernels.max_pages(adapters))
+            shape = _Shape(size, 1 << (max_pages - 1).bit_length())
         recorded = self._recorded.get(shape)
         if recorded is None:
-            if len(self._recorded) >= _MAX_RECORDED:
-                self.forget()
             recorded = self._record_step(step, shape, self._token_ids[:size], rows, adapters)
             self._recorded[shape] = recorded
         elif adapters is not None:
@@ -163,11 +162,12 @@ class DecodeGraphs:
     ) -> _Recorded:
         plan = kept = None
         if adapters is not None:
+            num_entries = adapters.offsets.shape[1] - 1
             plan = reserve_plan(
                 num_tokens=shape.num_rows,
                 num_adapters=shape.num_rows,
-                num_entries=adapters.offsets.shape[1] - 1,
-                num_pages=shape.num_pages,
+                num_entries=num_entries,
+                num_pages=shape.num_rows * num_entries * shape.max_pages,
                 max_pages=shape.max_pages,
                 device=token_ids.device,
             )
@@ -183,8 +183,3 @@ class DecodeGraphs:
             )
         step(token_ids, rows, kept)  # compiles what is not compiled yet
         return _Recorded(self._record(lambda: step(token_ids, rows, kept)), plan)
-
-
-def _power_of_two(count: int) -> int:
-    """The smallest that is no less."""
-    return 1 << (max(count, 1) - 1).bit_length()
