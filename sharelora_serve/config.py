@@ -138,7 +138,7 @@ class ServeConfig(BaseSettings):
     )
     kernels: Literal["auto", "cpu", "cuda", "reference"] = Field(
         "auto",
-        description="Kernels: cpu is the compiled ones for processors, cuda those of an NVIDIA GPU, "
+        description="Kernels: cpu is the compiled ones for processors, cuda those of NVIDIA GPUs, "
         "reference is plain torch, slower and for any device; auto is the fastest that the device "
         "has.",
     )

@@ -72,8 +72,8 @@ def choose_kernels(
     )
     if not has_flash:
         logger.warning(
-            "attention runs in plain torch, slowly: the fast one needs float16 or bfloat16, compute "
-            "capability 8.0 or newer, and heads of at most 256 numbers, a multiple of 8"
+            "attention runs in plain torch, slowly: the fast one needs float16 or bfloat16, "
+            "compute capability 8.0 or newer, and heads of at most 256 numbers, a multiple of 8"
         )
     return CudaKernels(dtype, flash_attention if has_flash else gathered_attention, add_adapters)
 
