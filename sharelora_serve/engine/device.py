@@ -37,7 +37,9 @@ def choose_device(config: ServeConfig) -> torch.device:
             "CUDA build of torch and a driver"
         )
     wants_cuda = bool(asked) or (config.device == "auto" and config.kernels != "cpu")
-    return torch.device("cuda" if has_cuda and wants_cuda else "cpu")
+    if has_cuda and wants_cuda:
+        return torch.device("cuda", torch.cuda.current_device())  # whatever other threads have
+    return torch.device("cpu")
 
 
 def choose_dtype(config: ServeConfig, model: ModelConfig, device: torch.device) -> torch.dtype:

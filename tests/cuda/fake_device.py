@@ -29,6 +29,12 @@ _OF_ONE_TYPE = (
 _CPU, _CUDA, _NUM_DEVICE_TYPES = 0, 1, 21  # c10::DeviceType
 
 
+class _WithoutDriver(FakeTensorMode):
+    """Never tries to make a real tensor on the device, whatever torch.cuda says of one."""
+
+    avoid_device_init = True
+
+
 class _OnlyCudaIsFake(TorchDispatchMode):
     """Keeps what is on the CPU from the fake mode below it, and makes up what is read back."""
 
@@ -83,5 +89,5 @@ def _device_guard() -> Iterator[None]:
 @contextmanager
 def fake_cuda() -> Iterator[None]:
     """Let this thread make tensors on "cuda", and every thread use them; there need be none."""
-    with _device_guard(), FakeTensorMode(allow_non_fake_inputs=True), _OnlyCudaIsFake():
+    with _device_guard(), _WithoutDriver(allow_non_fake_inputs=True), _OnlyCudaIsFake():
         yield

@@ -1,4 +1,4 @@
-"""A CUDA graph's twin on the CPU: what was recorded runs again on the same memory, and no Python."""
+"""A CUDA graph on the CPU: what was recorded runs again on the same memory, without Python."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any

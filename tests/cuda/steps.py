@@ -1,7 +1,6 @@
-"""Random steps of a few sequences: prompts in chunks beside decodes, then decodes; adapters mixed."""
+"""Random steps of a few sequences: prompts in chunks and decodes, of the base and adapters."""
 
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, FactorPair, PageTable
-from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK
 from sharelora_serve.adapters.pool import MatrixPool
 from sharelora_serve.engine.request import Request, SamplingParams
