@@ -282,8 +282,9 @@ class MatrixPool:
             listed = problems[:_MAX_LISTED]
             if len(problems) > _MAX_LISTED:
                 listed.append(f"and {len(problems) - _MAX_LISTED} more factors")
+            dtype = str(self.dtype).removeprefix("torch.")
             raise AdapterInvalidError(
-                f"adapter {adapter.name!r} cannot be held in {str(self.dtype).removeprefix('torch.')}:\n  "
+                f"adapter {adapter.name!r} cannot be held in {dtype}:\n  "
                 + "\n  ".join(listed)
                 + "\nServe with --dtype float32 or bfloat16, or rescale the factors: "
                 "B times c and A divided by c are the same adapter."

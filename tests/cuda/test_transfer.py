@@ -1,4 +1,4 @@
-"""Adapters on their way to a GPU: written when nobody reads the pages any more, there when placed."""
+"""Adapters on their way to a GPU: written when nobody reads the pages, there when placed."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,14 +17,14 @@ class Streams:
     def __init__(self, diary: list[str]) -> None:
         self.diary = diary
 
-    def Stream(self, device: torch.device) -> "Streams":  # noqa: N802 - torch's name
+    def Stream(self, _: torch.device) -> "Streams":  # noqa: N802 - torch's name
         return self
 
-    def default_stream(self, device: torch.device) -> str:
+    def default_stream(self, _: torch.device) -> str:
         return "kernels"
 
     @contextmanager
-    def stream(self, stream: "Streams") -> Iterator[None]:
+    def stream(self, _: "Streams") -> Iterator[None]:
         self.diary.append("begin")
         yield
         self.diary.append("end")
