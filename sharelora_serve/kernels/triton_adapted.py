@@ -27,7 +27,7 @@ from sharelora_serve.kernels.batch import PAGE_RANK, AdapterBatch
 from sharelora_serve.kernels.triton_kernels import expand_kernel, shrink_kernel
 
 _MAX_SPREAD_TOKENS = 256  # up to here every row may have an adapter of its own: as many programs
-_MAX_SLICED_TOKENS = 1024  # from here on there are programs enough without cutting the sums up
+_MAX_SLICED_TOKENS = 1024  # beyond, there are programs enough without cutting the sums up
 _MIN_SLICE, _MAX_SLICES = 512, 8  # of the features of x, summed apart; a slice is whole blocks
 
 _TRITON_DTYPES = {
@@ -252,13 +252,15 @@ def choose_launch(
     """Few rows are spread over many programs, many rows share what each program reads."""
     compute = x_dtype if x_dtype == arena_dtype else torch.float32
     spread = num_tokens <= _MAX_SPREAD_TOKENS
-    tile = 16 if spread else 32
+    sliced = num_tokens <= _MAX_SLICED_TOKENS
+    tile = 16 if sliced else 32
     max_rank = triton.next_power_of_2(max(max_pages, 2)) * PAGE_RANK
-    block_rank = 16 if spread else min(64, max_rank)
-    block_k = 128 if spread and compute.itemsize == 2 else 64
+    is_half = compute.itemsize == 2
+    block_rank = 16 if spread else min(32, max_rank)
+    block_k = (128 if spread else 64) if is_half else 32
     slice_size = max(_MIN_SLICE, triton.cdiv(triton.cdiv(in_features, _MAX_SLICES), 128) * 128)
     num_slices = triton.cdiv(in_features, slice_size)
-    slices_per_part = 1 if num_tokens <= _MAX_SLICED_TOKENS else num_slices
+    slices_per_part = 1 if sliced else num_slices
     num_parts = num_slices // slices_per_part
     num_tiles = triton.cdiv(num_tokens, tile)
     common = {
@@ -280,7 +282,7 @@ def choose_launch(
             "BLOCK_RANK": block_rank,
             "BLOCK_K": block_k,
             "COMPUTE": _TRITON_DTYPES[compute],
-            "num_stages": 3 if compute.itemsize == 2 else 2,
+            "num_stages": 3,
         },
-        expand=common | {"NUM_PARTS": num_parts, "BLOCK_RANK": 16, "BLOCK_N": 128, "num_stages": 2},
+        expand=common | {"NUM_PARTS": num_parts, "BLOCK_RANK": 16, "BLOCK_N": 128 if spread else 64, "num_stages": 2, "maxnreg": 128},
     )
