@@ -23,7 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sharelora_serve.kernels.batch import PAGE_RANK, AdapterBatch
+from sharelora_serve.kernels.adapted_plan import AdaptedPlan
+from sharelora_serve.kernels.batch import PAGE_RANK
 from sharelora_serve.kernels.triton_kernels import expand_kernel, shrink_kernel
 
 _MAX_SPREAD_TOKENS = 256  # up to here every row may have an adapter of its own: as many programs
@@ -37,74 +38,6 @@ _TRITON_DTYPES = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class AdaptedPlan:
-    """The pages of a batch on the device, as in AdapterBatch; a graph keeps its own and refills it.
-
-    row_adapter  (num_tokens,)                        int32, row of `offsets`; 0 is no adapter
-    offsets      (1 + num_adapters, num_entries + 1)  int32, into the next three; row 0 is zeros
-    a_pages      (num_pages,)                         int32; page 0 is zeros and is never read
-    b_pages      (num_pages,)                         int32; likewise
-    scaling      (num_pages,)                         float32
-    max_pages    no entry has more
-    """
-
-    row_adapter: Tensor
-    offsets: Tensor
-    a_pages: Tensor
-    b_pages: Tensor
-    scaling: Tensor
-    max_pages: int
-
-    def refill(self, batch: AdapterBatch) -> None:
-        """Copy a batch in, of no more rows, adapters or pages than there is room for.
-
-        Rows that the batch lacks have no adapter.
-        """
-        num_tokens = len(batch.row_adapter)
-        self.row_adapter[:num_tokens].copy_(batch.row_adapter, non_blocking=True)
-        self.row_adapter[num_tokens:].zero_()
-        for room, tensor in (
-            (self.offsets, batch.offsets),
-            (self.a_pages, batch.a_pages),
-            (self.b_pages, batch.b_pages),
-            (self.scaling, batch.scaling),
-        ):
-            assert len(tensor) <= len(room), "a batch has more adapters or pages than its plan"
-            room[: len(tensor)].copy_(tensor, non_blocking=True)
-
-
-def make_plan(batch: AdapterBatch, max_pages: int) -> AdaptedPlan:
-    """The plan of one step, on the tensors of its batch.
-
-    max_pages is the most that any entry of the batch has, or a bound of it: the kernels' buffers
-    have room for so many, and those of an entry with more would run into the next row's.
-    """
-    return AdaptedPlan(
-        batch.row_adapter, batch.offsets, batch.a_pages, batch.b_pages, batch.scaling, max_pages
-    )
-
-
-def reserve_plan(
-    *,
-    num_tokens: int,
-    num_adapters: int,
-    num_entries: int,
-    num_pages: int,
-    max_pages: int,
-    device: torch.device,
-) -> AdaptedPlan:
-    """A plan without adapters, whose tensors a CUDA graph can keep; refill it before a replay."""
-    return AdaptedPlan(
-        row_adapter=torch.zeros(num_tokens, dtype=torch.int32, device=device),
-        offsets=torch.zeros(1 + num_adapters, num_entries + 1, dtype=torch.int32, device=device),
-        a_pages=torch.zeros(num_pages, dtype=torch.int32, device=device),
-        b_pages=torch.zeros(num_pages, dtype=torch.int32, device=device),
-        scaling=torch.zeros(num_pages, dtype=torch.float32, device=device),
-        max_pages=max_pages,
-    )
-
-
 def add_adapters(
     x: Tensor, out: Tensor, plan: AdaptedPlan, arena: Tensor, entry: int, columns: tuple[int, ...]
 ) -> None:
@@ -116,7 +49,7 @@ def add_adapters(
     entry    of the page table, of the first module whose outputs stand in `out`
     columns  (num_modules + 1)                        where the outputs of each begin, and the end
 
-    Sums in float32, factors of x's own 16 bits multiplied exactly; rounds once, into `out`.
+    Sums in float32 and rounds once, into `out`. No tensor but the arena has 2^31 elements.
     """
     _add_adapters(
         x,
@@ -153,7 +86,9 @@ def _add_adapters(
     if x.device.type == "cpu":  # in Triton's interpreter, whose dot takes bfloat16 for integers
         launch.shrink["COMPUTE"] = tl.float32
     hidden = torch.empty(
-        launch.num_parts, num_modules, num_tokens, launch.max_rank, device=x.device
+        (launch.num_parts, num_modules, num_tokens, launch.max_rank),
+        dtype=torch.float32,
+        device=x.device,
     )
     shrink_kernel[(launch.num_programs, num_modules * launch.num_parts, launch.num_rank_blocks)](
         x,
@@ -167,6 +102,8 @@ def _add_adapters(
         num_tokens,
         in_features,
         launch.max_rank,
+        launch.slice_size,
+        launch.slices_per_part,
         entry,
         NUM_MODULES=num_modules,
         **launch.shrink,
@@ -231,6 +168,8 @@ class Launch:
     num_parts        along the features of x; their sums stand apart until expand adds them up
     num_rank_blocks  along the ranks, in shrink
     max_rank         of `hidden`, the shrunk rows: rank rows of max_pages
+    slice_size       features of x that are summed up before they are added to those before them
+    slices_per_part  one, or all of them
     shrink, expand   what the kernels are compiled with
     """
 
@@ -238,6 +177,8 @@ class Launch:
     num_parts: int
     num_rank_blocks: int
     max_rank: int
+    slice_size: int
+    slices_per_part: int
     shrink: dict[str, Any]
     expand: dict[str, Any]
 
@@ -275,10 +216,10 @@ def choose_launch(
         num_parts=num_parts,
         num_rank_blocks=max_rank // block_rank,
         max_rank=max_rank,
+        slice_size=slice_size,
+        slices_per_part=slices_per_part,
         shrink=common
         | {
-            "SLICE": slice_size,
-            "SLICES_PER_PART": slices_per_part,
             "BLOCK_RANK": block_rank,
             "BLOCK_K": block_k,
             "COMPUTE": _TRITON_DTYPES[compute],

@@ -20,7 +20,7 @@ def _load_pages(pages, offsets, places):
     return tl.load(pages + begin + places, mask=places < count, other=0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "entry"])
+@triton.jit(do_not_specialize=["num_tokens", "slices_per_part", "entry"])
 def shrink_kernel(
     x,
     hidden,
@@ -33,13 +33,13 @@ def shrink_kernel(
     num_tokens,
     in_features,
     max_rank,
+    slice_size,
+    slices_per_part,
     entry,
     NUM_MODULES: tl.constexpr,
     PAGE_RANK: tl.constexpr,
     TILE: tl.constexpr,
     SPREAD: tl.constexpr,
-    SLICE: tl.constexpr,
-    SLICES_PER_PART: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -81,9 +81,10 @@ def shrink_kernel(
         equal = tl.max(tl.abs(pages - own[None, :]), axis=1) == 0
         page_rows = arena + (own.to(tl.int64) * PAGE_RANK + rank % PAGE_RANK) * in_features
         total = tl.full((TILE, BLOCK_RANK), 0.0, tl.float32)
-        for piece in range(part * SLICES_PER_PART, (part + 1) * SLICES_PER_PART):
+        for piece in range(part * slices_per_part, (part + 1) * slices_per_part):
+            end = min((piece + 1) * slice_size, in_features)
             answer = tl.full((TILE, BLOCK_RANK), 0.0, tl.float32)
-            for begin in range(piece * SLICE, min((piece + 1) * SLICE, in_features), BLOCK_K):
+            for begin in range(piece * slice_size, end, BLOCK_K):
                 k = begin + tl.arange(0, BLOCK_K)
                 x_block = tl.load(
                     x + rows[:, None] * x_stride + k[None, :],
