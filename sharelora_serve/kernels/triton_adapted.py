@@ -45,7 +45,7 @@ def add_adapters(
 
     x        (num_tokens, in_features)                float32, float16 or bfloat16
     out      (num_tokens, columns[-1] or more)        likewise; padding is left as it is
-    arena    (num_elements,)                          likewise; page p of width f starts at p * 8 * f
+    arena    (num_elements,)                          likewise; page p of width f is at p * 8 * f
     entry    of the page table, of the first module whose outputs stand in `out`
     columns  (num_modules + 1)                        where the outputs of each begin, and the end
 
@@ -225,5 +225,12 @@ def choose_launch(
             "COMPUTE": _TRITON_DTYPES[compute],
             "num_stages": 3,
         },
-        expand=common | {"NUM_PARTS": num_parts, "BLOCK_RANK": 16, "BLOCK_N": 128 if spread else 64, "num_stages": 2, "maxnreg": 128},
+        expand=common
+        | {
+            "NUM_PARTS": num_parts,
+            "BLOCK_RANK": 16,
+            "BLOCK_N": 128 if spread else 64,
+            "num_stages": 2,
+            "maxnreg": 128,
+        },
     )
