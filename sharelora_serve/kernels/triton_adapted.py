@@ -28,7 +28,7 @@ from sharelora_serve.kernels.batch import PAGE_RANK
 from sharelora_serve.kernels.triton_kernels import expand_kernel, shrink_kernel
 
 _MAX_SPREAD_TOKENS = 256  # up to here every row may have an adapter of its own: as many programs
-_MAX_SLICED_TOKENS = 1024  # from here on there are programs enough without cutting the sums up
+_MAX_SLICED_TOKENS = 1024  # beyond, there are programs enough without cutting the sums up
 _MIN_SLICE, _MAX_SLICES = 512, 8  # of the features of x, summed apart; a slice is whole blocks
 
 _TRITON_DTYPES = {
@@ -45,11 +45,11 @@ def add_adapters(
 
     x        (num_tokens, in_features)                float32, float16 or bfloat16
     out      (num_tokens, columns[-1] or more)        likewise; padding is left as it is
-    arena    (num_elements,)                          likewise; page p of width f starts at p * 8 * f
+    arena    (num_elements,)                          likewise; page p of width f is at p * 8 * f
     entry    of the page table, of the first module whose outputs stand in `out`
     columns  (num_modules + 1)                        where the outputs of each begin, and the end
 
-    Sums in float32, factors of x's own 16 bits multiplied exactly; rounds once, into `out`.
+    Sums in float32 and rounds once, into `out`. No tensor but the arena has 2^31 elements.
     """
     _add_adapters(
         x,
@@ -86,7 +86,9 @@ def _add_adapters(
     if x.device.type == "cpu":  # in Triton's interpreter, whose dot takes bfloat16 for integers
         launch.shrink["COMPUTE"] = tl.float32
     hidden = torch.empty(
-        launch.num_parts, num_modules, num_tokens, launch.max_rank, device=x.device
+        (launch.num_parts, num_modules, num_tokens, launch.max_rank),
+        dtype=torch.float32,
+        device=x.device,
     )
     shrink_kernel[(launch.num_programs, num_modules * launch.num_parts, launch.num_rank_blocks)](
         x,
@@ -100,6 +102,8 @@ def _add_adapters(
         num_tokens,
         in_features,
         launch.max_rank,
+        launch.slice_size,
+        launch.slices_per_part,
         entry,
         NUM_MODULES=num_modules,
         **launch.shrink,
@@ -164,6 +168,8 @@ class Launch:
     num_parts        along the features of x; their sums stand apart until expand adds them up
     num_rank_blocks  along the ranks, in shrink
     max_rank         of `hidden`, the shrunk rows: rank rows of max_pages
+    slice_size       features of x that are summed up before they are added to those before them
+    slices_per_part  one, or all of them
     shrink, expand   what the kernels are compiled with
     """
 
@@ -171,6 +177,8 @@ class Launch:
     num_parts: int
     num_rank_blocks: int
     max_rank: int
+    slice_size: int
+    slices_per_part: int
     shrink: dict[str, Any]
     expand: dict[str, Any]
 
@@ -185,13 +193,15 @@ def choose_launch(
     """Few rows are spread over many programs, many rows share what each program reads."""
     compute = x_dtype if x_dtype == arena_dtype else torch.float32
     spread = num_tokens <= _MAX_SPREAD_TOKENS
-    tile = 16 if spread else 32
+    sliced = num_tokens <= _MAX_SLICED_TOKENS
+    tile = 16 if sliced else 32
     max_rank = triton.next_power_of_2(max(max_pages, 2)) * PAGE_RANK
-    block_rank = 16 if spread else min(64, max_rank)
-    block_k = 128 if spread and compute.itemsize == 2 else 64
+    is_half = compute.itemsize == 2
+    block_rank = 16 if spread else min(32, max_rank)
+    block_k = (128 if spread else 64) if is_half else 32
     slice_size = max(_MIN_SLICE, triton.cdiv(triton.cdiv(in_features, _MAX_SLICES), 128) * 128)
     num_slices = triton.cdiv(in_features, slice_size)
-    slices_per_part = 1 if num_tokens <= _MAX_SLICED_TOKENS else num_slices
+    slices_per_part = 1 if sliced else num_slices
     num_parts = num_slices // slices_per_part
     num_tiles = triton.cdiv(num_tokens, tile)
     common = {
@@ -206,14 +216,21 @@ def choose_launch(
         num_parts=num_parts,
         num_rank_blocks=max_rank // block_rank,
         max_rank=max_rank,
+        slice_size=slice_size,
+        slices_per_part=slices_per_part,
         shrink=common
         | {
-            "SLICE": slice_size,
-            "SLICES_PER_PART": slices_per_part,
             "BLOCK_RANK": block_rank,
             "BLOCK_K": block_k,
             "COMPUTE": _TRITON_DTYPES[compute],
-            "num_stages": 3 if compute.itemsize == 2 else 2,
+            "num_stages": 3,
         },
-        expand=common | {"NUM_PARTS": num_parts, "BLOCK_RANK": 16, "BLOCK_N": 128, "num_stages": 2},
+        expand=common
+        | {
+            "NUM_PARTS": num_parts,
+            "BLOCK_RANK": 16,
+            "BLOCK_N": 128 if spread else 64,
+            "num_stages": 2,
+            "maxnreg": 128,
+        },
     )

@@ -20,7 +20,7 @@ def _load_pages(pages, offsets, places):
     return tl.load(pages + begin + places, mask=places < count, other=0)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "entry"])
+@triton.jit(do_not_specialize=["num_tokens", "slices_per_part", "entry"])
 def shrink_kernel(
     x,
     hidden,
@@ -33,13 +33,13 @@ def shrink_kernel(
     num_tokens,
     in_features,
     max_rank,
+    slice_size,
+    slices_per_part,
     entry,
     NUM_MODULES: tl.constexpr,
     PAGE_RANK: tl.constexpr,
     TILE: tl.constexpr,
     SPREAD: tl.constexpr,
-    SLICE: tl.constexpr,
-    SLICES_PER_PART: tl.constexpr,
     BLOCK_RANK: tl.constexpr,
     BLOCK_K: tl.constexpr,
     COMPUTE: tl.constexpr,
@@ -79,19 +79,20 @@ def shrink_kernel(
     while member < TILE:
         own = tl.sum(tl.where(in_tile[:, None] == member, pages, 0), axis=0)
         equal = tl.max(tl.abs(pages - own[None, :]), axis=1) == 0
-        page_rows = own.to(tl.int64) * PAGE_RANK + rank % PAGE_RANK
+        page_rows = arena + (own.to(tl.int64) * PAGE_RANK + rank % PAGE_RANK) * in_features
         total = tl.full((TILE, BLOCK_RANK), 0.0, tl.float32)
-        for piece in range(part * SLICES_PER_PART, (part + 1) * SLICES_PER_PART):
+        for piece in range(part * slices_per_part, (part + 1) * slices_per_part):
+            end = min((piece + 1) * slice_size, in_features)
             answer = tl.full((TILE, BLOCK_RANK), 0.0, tl.float32)
-            for begin in range(piece * SLICE, min((piece + 1) * SLICE, in_features), BLOCK_K):
+            for begin in range(piece * slice_size, end, BLOCK_K):
                 k = begin + tl.arange(0, BLOCK_K)
                 x_block = tl.load(
-                    x + rows.to(tl.int64)[:, None] * x_stride + k[None, :],
+                    x + rows[:, None] * x_stride + k[None, :],
                     mask=equal[:, None] & (k < in_features)[None, :],
                     other=0.0,
                 )
                 a_block = tl.load(
-                    arena + page_rows[None, :] * in_features + k[:, None],
+                    page_rows[None, :] + k[:, None],
                     mask=(own > 0)[None, :] & (k < in_features)[:, None],
                     other=0.0,
                 )
@@ -101,7 +102,7 @@ def shrink_kernel(
             total += answer
         slot = (part * NUM_MODULES + module) * num_tokens + rows
         tl.store(
-            hidden + slot.to(tl.int64)[:, None] * max_rank + rank[None, :],
+            hidden + slot[:, None] * max_rank + rank[None, :],
             total,
             mask=equal[:, None] & (own > 0)[None, :],
         )
@@ -179,17 +180,18 @@ def expand_kernel(
                 same = _load_pages(a_pages, bounds + earlier, places) == a
                 source = tl.where(same & (source == module), earlier, source)
             used = (a > 0) & (b > 0)
+            slot = (source * num_tokens)[None, :] + rows[:, None]
+            at = slot * max_rank + rank[None, :]
             shrunk = tl.full((TILE, BLOCK_RANK), 0.0, tl.float32)
             for part in tl.static_range(NUM_PARTS):
-                slot = (part * NUM_MODULES + source)[None, :] * num_tokens + rows[:, None]
                 shrunk += tl.load(
-                    hidden + slot.to(tl.int64) * max_rank + rank[None, :],
+                    hidden + part * NUM_MODULES * num_tokens * max_rank + at,
                     mask=equal[:, None] & used[None, :],
                     other=0.0,
                 )
-            page_rows = b.to(tl.int64) * PAGE_RANK + rank % PAGE_RANK
+            page_rows = arena + (b.to(tl.int64) * PAGE_RANK + rank % PAGE_RANK) * width
             b_block = tl.load(
-                arena + page_rows[:, None] * width + n[None, :],
+                page_rows[:, None] + n[None, :],
                 mask=used[:, None] & (n < width)[None, :],
                 other=0.0,
             )
@@ -198,7 +200,7 @@ def expand_kernel(
                 shrunk * scale[None, :], b_block.to(tl.float32), total, input_precision="tf32x3"
             )
         if count > 0:
-            at = out + rows.to(tl.int64)[:, None] * out_stride + column + n[None, :]
+            at = out + column + rows[:, None] * out_stride + n[None, :]
             inside = equal[:, None] & (n < width)[None, :]
             tl.store(at, tl.load(at, mask=inside).to(tl.float32) + total, mask=inside)
         waiting = waiting & (equal == 0)
