@@ -2,8 +2,9 @@
 # docker build -t sharelora-serve .
 # docker run -p 8000:8000 -v sharelora-cache:/var/cache/sharelora -v sharelora-store:/var/lib/sharelora sharelora-serve
 #
-# For an NVIDIA GPU take a torch with CUDA, such as PyPI's own for x86-64, and pass the GPU in:
-# docker build -t sharelora-serve:cuda --build-arg TORCH_INDEX=https://pypi.org/simple .
+# For an NVIDIA GPU take a torch with CUDA, such as PyPI's own for x86-64, which brings Triton along,
+# and the C compiler with which Triton builds its launchers; and pass the GPU in:
+# docker build -t sharelora-serve:cuda --build-arg TORCH_INDEX=https://pypi.org/simple --build-arg SYSTEM_PACKAGES="gcc libc6-dev" .
 # docker run --gpus all -p 8000:8000 -v sharelora-cache:/var/cache/sharelora sharelora-serve:cuda
 
 FROM python:3.11-slim AS build
@@ -22,10 +23,11 @@ COPY sharelora_serve ./sharelora_serve
 RUN pip install .
 
 FROM python:3.11-slim
-# numba's threads run on libgomp; nothing else is needed from the system.
-# hadolint ignore=DL3008
+ARG SYSTEM_PACKAGES=
+# numba's threads run on libgomp; without a GPU nothing else is needed from the system.
+# hadolint ignore=DL3008,SC2086
 RUN apt-get update \
-    && apt-get install --yes --no-install-recommends libgomp1 \
+    && apt-get install --yes --no-install-recommends libgomp1 $SYSTEM_PACKAGES \
     && rm -rf /var/lib/apt/lists/* \
     && useradd --system --uid 10001 --create-home sharelora \
     && install --directory --owner sharelora /var/cache/sharelora /var/lib/sharelora
@@ -37,6 +39,7 @@ COPY adapters /adapters
 ENV PATH=/opt/venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/var/cache/sharelora \
+    TRITON_CACHE_DIR=/var/cache/sharelora/triton \
     HF_HOME=/var/cache/sharelora/huggingface \
     SHARELORA_HOST=0.0.0.0 \
     SHARELORA_PORT=8000 \

@@ -136,10 +136,11 @@ class ServeConfig(BaseSettings):
         description="Type of base weights, KV cache and adapters; auto is float16 on a CPU that "
         "can pack it and the checkpoint's own on CUDA. float32 is exact, and the slowest.",
     )
-    kernels: Literal["auto", "cpu", "reference"] = Field(
+    kernels: Literal["auto", "cpu", "cuda", "reference"] = Field(
         "auto",
-        description="Kernels: cpu is the compiled ones for processors, reference is plain torch, "
-        "slower and for any device; auto is the fastest that the device has.",
+        description="Kernels: cpu is the compiled ones for processors, cuda those of NVIDIA GPUs, "
+        "reference is plain torch, slower and for any device; auto is the fastest that the device "
+        "has.",
     )
     merge: str = Field(
         "off",
@@ -258,6 +259,10 @@ class ServeConfig(BaseSettings):
         problems = []
         if self.kernels == "cpu" and self.device == "cuda":
             problems.append("kernels = 'cpu': should be auto or reference with device = 'cuda'")
+        if self.kernels == "cuda" and self.device == "cpu":
+            problems.append(
+                "kernels = 'cuda': should be auto, cpu or reference with device = 'cpu'"
+            )
         if self.max_running > self.max_batch_tokens:
             problems.append(
                 f"max_batch_tokens = {self.max_batch_tokens}: should be at least max_running = "

@@ -1,9 +1,14 @@
 """What every test may use: fresh random inputs in each run, and the way to repeat them."""
 
+import os
 import secrets
 from collections.abc import Generator
 
 import pytest
+import torch
+
+# Triton decides as kernels are defined whether it will compile or, without a GPU, interpret them.
+os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -185,7 +185,7 @@ class AdapterCache:
             return Waiting.LOADING
 
     def release(self, version: AdapterVersion) -> None:
-        """End one use; no kernel that reads the adapter's pages may still be queued."""
+        """End one use; every kernel that reads the adapter's pages has been launched."""
         with self._lock:
             entry = self._entries[version.key]
             assert entry.num_uses > 0, "an adapter was released more often than acquired"

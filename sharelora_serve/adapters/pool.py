@@ -8,6 +8,7 @@ so LoRA, ShareA, ShareB, ShareAB and a common A of many adapters differ only in 
 import hashlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from threading import Lock
@@ -20,6 +21,7 @@ from torch import Tensor
 from sharelora_serve.adapters.adapter import Adapter, PageTable
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK, PageAllocator, PoolFullError
+from sharelora_serve.adapters.transfer import CopyStream
 from sharelora_serve.errors import AdapterInvalidError, ConfigurationError
 
 _MAX_UNDERFLOW = 0.01  # share of a factor's nonzero values that the cast may turn into zeros
@@ -125,6 +127,7 @@ class MatrixPool:
             )
         self.dtype = dtype
         self.arena = _new_arena(num_elements, dtype, torch.device(device))
+        self._copies = CopyStream(self.arena.device) if self.arena.is_cuda else None
         self._feature_counts = sorted(set(feature_counts))
         self._allocator = self._new_allocator()
         self.arena[: self._allocator.num_reserved].zero_()
@@ -176,7 +179,7 @@ class MatrixPool:
         rows: dict[_FactorKey, Tensor] = {}
         problems: list[str] = []
         for identity, (name, original) in _distinct_factors(adapter).items():
-            cast = original.to(self.dtype).contiguous()
+            cast = self._cast(original)
             if problem := _lost_in_cast(name, original, cast):
                 problems.append(problem)
             digest = hashlib.sha256(cast.view(torch.uint8).numpy().data).digest()
@@ -217,10 +220,9 @@ class MatrixPool:
                 resident = Resident(table, tuple(staged.rows), staged.num_expanded)
                 self._residents.add(resident)
             try:
-                for key in new:
-                    self._write(key, staged.rows[key])
-                if self.arena.is_cuda:  # whatever stream the kernels use, the pages are there
-                    torch.cuda.current_stream(self.arena.device).synchronize()
+                with nullcontext() if self._copies is None else self._copies.copying():
+                    for key in new:
+                        self._write(key, staged.rows[key])
             except BaseException:
                 self.release(resident)
                 raise
@@ -229,7 +231,7 @@ class MatrixPool:
     def release(self, resident: Resident) -> None:
         """Give a resident's references back; pages that nobody else uses are free at once.
 
-        No kernel that reads them may still be queued.
+        Kernels that read them were launched: `place` waits for those before it writes.
         """
         with self._lock:
             assert resident in self._residents, "a resident was released twice"
@@ -280,8 +282,9 @@ class MatrixPool:
             listed = problems[:_MAX_LISTED]
             if len(problems) > _MAX_LISTED:
                 listed.append(f"and {len(problems) - _MAX_LISTED} more factors")
+            dtype = str(self.dtype).removeprefix("torch.")
             raise AdapterInvalidError(
-                f"adapter {adapter.name!r} cannot be held in {_name_of(self.dtype)}:\n  "
+                f"adapter {adapter.name!r} cannot be held in {dtype}:\n  "
                 + "\n  ".join(listed)
                 + "\nServe with --dtype float32 or bfloat16, or rescale the factors: "
                 "B times c and A divided by c are the same adapter."
@@ -320,6 +323,12 @@ class MatrixPool:
             scaling=np.repeat(scaling, num_pages),
         )
 
+    def _cast(self, original: Tensor) -> Tensor:
+        """Rows in the pool's dtype, where the device copies them from."""
+        if self._copies is None:
+            return original.to(self.dtype).contiguous()
+        return self._copies.host_memory(original.shape, self.dtype).copy_(original)
+
     def _write(self, key: _FactorKey, rows: Tensor) -> None:
         """Copy a factor into its pages, a run of neighbours at a time, and zero the padding."""
         pages = self._factors[key].pages
@@ -330,7 +339,7 @@ class MatrixPool:
                 continue
             run = view[pages[start] : pages[end - 1] + 1].view(-1, key.features)
             source = rows[start * PAGE_RANK : end * PAGE_RANK]
-            run[: len(source)].copy_(source)
+            run[: len(source)].copy_(source, non_blocking=True)
             run[len(source) :].zero_()
             start = end
 
@@ -377,10 +386,6 @@ def _lost_in_cast(name: str, original: Tensor, cast: Tensor) -> str | None:
         if num_lost > _MAX_UNDERFLOW * num_nonzero:
             return f"{name}: {num_lost} of {num_nonzero} nonzero values are too small and become 0"
     return None
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _new_arena(num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:

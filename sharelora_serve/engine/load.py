@@ -1,14 +1,12 @@
 """From a configuration to an engine that is ready to start: base, adapters, memory, threads."""
 
 import logging
-import platform
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import llvmlite.binding as llvm
 import numba
 import numpy as np
 import torch
@@ -26,6 +24,12 @@ from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.adapters.residency import Waiting
 from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.config import ServeConfig
+from sharelora_serve.engine.device import (
+    choose_device,
+    choose_dtype,
+    choose_graphs,
+    choose_kernels,
+)
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.merge import fold_adapter
@@ -36,10 +40,8 @@ from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.sampler import Sampler
 from sharelora_serve.engine.scheduler import ScheduledRequest, Scheduler
 from sharelora_serve.errors import ConfigurationError, ModelNotFoundError, UnsupportedModelError
-from sharelora_serve.kernels.batch import BLOCK_SIZE
 from sharelora_serve.kernels.cpu import CpuKernels
 from sharelora_serve.kernels.interface import Kernels
-from sharelora_serve.kernels.reference import ReferenceKernels
 from sharelora_serve.models.config import ModelConfig, load_model_config
 from sharelora_serve.models.decoder import Decoder
 from sharelora_serve.models.loader import ModelWeights, fold_weights, load_weights
@@ -85,9 +87,9 @@ def load_engine(
     folder = base_folder(config.model, console)
     model = load_model_config(folder)
     tokenizer = _tokenizer(folder)
-    device = _device(config)
-    dtype = _dtype(config, model, device)
-    kernels = kernels or _kernels(config, device)
+    device = choose_device(config)
+    dtype = choose_dtype(config, model, device)
+    kernels = kernels or choose_kernels(config, model, dtype, device)
     # The compiled kernels share torch's OpenMP runtime. Its threads spin while they wait for work,
     # but only as long as there are no more of them than processors: torch must not add its own.
     torch.set_num_threads(1 if isinstance(kernels, CpuKernels) else config.num_threads)
@@ -133,6 +135,7 @@ def load_engine(
                 fold=fold_adapter(merged.adapter, dtype) if merged is not None else None,
                 on_layer=lambda layer: progress.update(task, completed=layer + 1),
             )
+        graphs = choose_graphs(kernels, device, config.max_running, max_model_len)
         decoder = Decoder(
             model,
             weights,
@@ -141,6 +144,7 @@ def load_engine(
             device=device,
             kv_blocks=kv_cache.num_blocks + 1,  # and the padding block
             max_tokens=config.max_batch_tokens,
+            graphs=graphs,
         )
     except BaseException:
         close()
@@ -184,7 +188,8 @@ def load_engine(
     def prepare_thread() -> None:
         numba.set_num_threads(min(config.num_threads, int(numba.config.NUMBA_NUM_THREADS)))
         with torch.inference_mode():
-            _warm_up(runner, layout, config.max_batch_tokens)
+            decode_sizes = graphs.sizes if graphs is not None else []
+            _warm_up(runner, layout, config.max_batch_tokens, kernels.block_size, decode_sizes)
 
     engine = Engine(
         base_name=config.base_name,
@@ -247,42 +252,6 @@ def _max_model_len(config: ServeConfig, model: ModelConfig, kv_tokens: int) -> i
     return config.max_model_len
 
 
-def _device(config: ServeConfig) -> torch.device:
-    has_cuda = torch.cuda.is_available()
-    if config.device == "cuda" and not has_cuda:
-        raise ConfigurationError(
-            "device = cuda: torch finds no CUDA device here; use --device cpu, or install a CUDA "
-            "build of torch and a driver"
-        )
-    wants_cuda = config.device == "cuda" or (config.device == "auto" and config.kernels != "cpu")
-    return torch.device("cuda" if has_cuda and wants_cuda else "cpu")
-
-
-def _dtype(config: ServeConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
-    if config.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.dtype)
-        return dtype
-    if device.type == "cuda":
-        return model.dtype
-    if _converts_float16():
-        return torch.float16
-    logger.warning("this processor cannot convert float16: using float32, at twice the memory")
-    return torch.float32
-
-
-def _converts_float16() -> bool:
-    """Whether the processor turns float16 into float32 in one instruction."""
-    if platform.machine() not in ("x86_64", "AMD64"):
-        return True  # every 64-bit Arm does
-    return bool(llvm.get_host_cpu_features().get("f16c"))
-
-
-def _kernels(config: ServeConfig, device: torch.device) -> Kernels:
-    if config.kernels == "reference" or device.type == "cuda":
-        return ReferenceKernels()
-    return CpuKernels()
-
-
 def _publish_folder(folder: AdapterFolder, console: Console) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -331,7 +300,7 @@ def _kv_cache(
     )
     block_bytes = sum(part.nbytes for part in one_block)
     num_blocks = config.kv_memory // block_bytes
-    cache = KVCache(num_blocks, BLOCK_SIZE, prefix_caching=config.prefix_cache)
+    cache = KVCache(num_blocks, kernels.block_size, prefix_caching=config.prefix_cache)
     return cache, num_blocks * block_bytes
 
 
@@ -353,8 +322,17 @@ def _forget(_: RequestOutput) -> None:
     """Deliver to nobody."""
 
 
-def _warm_up(runner: Runner, layout: BaseLayout, max_batch_tokens: int) -> None:
-    """Compile every kernel and touch every weight, in the padding block that nobody reads."""
+def _warm_up(
+    runner: Runner,
+    layout: BaseLayout,
+    max_batch_tokens: int,
+    block_size: int,
+    decode_sizes: Sequence[int],
+) -> None:
+    """Compile every kernel and touch every weight, in the padding block that nobody reads.
+
+    decode_sizes  rows of the decode steps that are recorded
+    """
     num_entries = layout.num_layers * len(MODULES)
     zeros = np.zeros(num_entries, np.int32)
     table = PageTable(
@@ -363,17 +341,22 @@ def _warm_up(runner: Runner, layout: BaseLayout, max_batch_tokens: int) -> None:
         b_pages=zeros,
         scaling=np.ones(num_entries, np.float32),
     )
+    # Rows of each request: one prompt, or as many requests of one row each.
+    batches = [[min(num_tokens, max_batch_tokens)] for num_tokens in _WARM_UP_TOKENS]
+    batches += [[1] * size for size in decode_sizes]
     for adapter, page_table in ((None, None), (AdapterVersion("", ""), table)):
-        for num_tokens in _WARM_UP_TOKENS:
-            count = min(num_tokens, max_batch_tokens)
-            request = Request(
-                request_id="",
-                adapter=adapter,
-                prompt_ids=[0] * count,
-                sampling=SamplingParams(max_tokens=1),
-                arrived_at=0.0,
-                deliver=_forget,
-                block_table=[0] * -(-count // BLOCK_SIZE),
-                page_table=page_table,
-            )
-            runner.run([ScheduledRequest(request, count)])
+        for batch in batches:
+            requests = [
+                Request(
+                    request_id="",
+                    adapter=adapter,
+                    prompt_ids=[0] * count,
+                    sampling=SamplingParams(max_tokens=1),
+                    arrived_at=0.0,
+                    deliver=_forget,
+                    block_table=[0] * -(-count // block_size),
+                    page_table=page_table,
+                )
+                for count in batch
+            ]
+            runner.run([ScheduledRequest(r, len(r.prompt_ids)) for r in requests])

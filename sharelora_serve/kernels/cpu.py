@@ -119,6 +119,8 @@ class CpuKernels:
     """The kernels that `models` calls, on tensors in CPU memory."""
 
     name = "cpu"
+    block_size = BLOCK_SIZE
+    activations = torch.float32
 
     def __init__(self) -> None:
         # Starts numba's threads. It does so itself when it loads a function that is parallel, but

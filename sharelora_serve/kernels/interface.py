@@ -10,11 +10,19 @@ from sharelora_serve.kernels.layers import Buffers, LayerWeights
 
 
 class Kernels(Protocol):
-    """Kernels for one kind of device. Activations are float32, outputs are written in place."""
+    """Kernels for one kind of device. Outputs are written in place."""
 
     @property
     def name(self) -> str:
         """As `--kernels` has it."""
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block of the KV cache."""
+
+    @property
+    def activations(self) -> torch.dtype:
+        """Of what stands in the buffers, but for `x`, which is float32."""
 
     def make_weights(
         self,

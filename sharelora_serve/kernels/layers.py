@@ -11,6 +11,7 @@ class LayerWeights:
     """The decoder layers of a base, the layer being the first index of everything.
 
     q, k, v and gate, up are fused. What a base lacks (biases, norms of q and k) has no columns.
+    Columns and windows are in host memory, all else where the base is.
 
     qkv, o, gate_up, down  as Kernels.make_weights laid them out
     *_bias                 (num_layers, out_features) float32
@@ -44,9 +45,11 @@ class LayerWeights:
 
 @dataclass(frozen=True, slots=True)
 class Buffers:
-    """Activations of a batch, (num_tokens, features) float32; widths padded to whole blocks.
+    """Activations of a batch, (num_tokens, features); widths padded to whole blocks.
 
-    x      the residual stream
+    All are of `Kernels.activations` but one:
+
+    x      the residual stream, float32
     delta  what the last layer part adds to it, not added yet
     """
 

@@ -25,6 +25,8 @@ class ReferenceKernels:
     """The kernels that `models` calls, as the formulas have them."""
 
     name = "reference"
+    block_size = BLOCK_SIZE
+    activations = torch.float32
 
     def make_weights(
         self,

@@ -7,6 +7,7 @@ from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
 from sharelora_serve.kernels.interface import Kernels
 from sharelora_serve.kernels.layers import Buffers
 from sharelora_serve.models.config import ModelConfig
+from sharelora_serve.models.graphs import DecodeGraphs
 from sharelora_serve.models.loader import ModelWeights
 
 _PADDING = 16  # outputs of a packed block: products write whole ones
@@ -15,9 +16,9 @@ _PADDING = 16  # outputs of a packed block: products write whole ones
 class Decoder:
     """A base with its KV cache. `forward` is the only thing that runs while serving.
 
-    weights       what the next `forward` computes with; may be exchanged between two of them
-    kv_blocks     blocks of the KV cache, in every layer
-    max_tokens    rows of the largest batch
+    kv_blocks   blocks of the KV cache, in every layer
+    max_tokens  rows of the largest batch
+    graphs      that run its decode steps, on a device that gains by it; None for none
     """
 
     def __init__(
@@ -30,28 +31,46 @@ class Decoder:
         device: torch.device,
         kv_blocks: int,
         max_tokens: int,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self.config = config
-        self.weights = weights
+        self._weights = weights
         self._kernels = kernels
+        self._graphs = graphs
         self._kv_cache = kernels.make_kv_cache(
             config.num_layers, kv_blocks, config.num_kv_heads, config.head_dim, dtype, device
         )
 
         def buffer(width: int) -> Tensor:
-            return torch.zeros(max_tokens, -(-width // _PADDING) * _PADDING, device=device)
+            padded = -(-width // _PADDING) * _PADDING
+            return torch.zeros(max_tokens, padded, dtype=activations, device=device)
 
+        def exact_buffer(width: int) -> Tensor:
+            return torch.zeros(max_tokens, width, dtype=activations, device=device)
+
+        activations = kernels.activations
         attention = config.num_heads * config.head_dim
         hidden, inner = config.hidden_size, config.intermediate_size
         self._buffers = Buffers(
             x=torch.zeros(max_tokens, hidden, device=device),
             delta=buffer(hidden),
-            normed=torch.zeros(max_tokens, hidden, device=device),
+            normed=exact_buffer(hidden),
             qkv=buffer(attention + 2 * config.num_kv_heads * config.head_dim),
-            attended=torch.zeros(max_tokens, attention, device=device),
+            attended=exact_buffer(attention),
             gate_up=buffer(2 * inner),
-            inner=torch.zeros(max_tokens, inner, device=device),
+            inner=exact_buffer(inner),
         )
+
+    @property
+    def weights(self) -> ModelWeights:
+        """What the next `forward` computes with; may be exchanged between two of them."""
+        return self._weights
+
+    @weights.setter
+    def weights(self, weights: ModelWeights) -> None:
+        self._weights = weights
+        if self._graphs is not None:
+            self._graphs.forget()
 
     def forward(
         self,
@@ -64,18 +83,33 @@ class Decoder:
 
         token_ids   (num_tokens,) int64
         adapters    None when every row is the base's own: then nothing of adapters is run
-        logit_rows  (num_logits,) int64, the rows whose next token is wanted
+        logit_rows  (num_logits,) int64, the rows whose next token is wanted, in order
 
-        Returns logits (num_logits, vocab_size) float32.
+        Returns logits (num_logits, vocab_size) float32; the next `forward` may overwrite them.
         """
-        kernels, config, weights = self._kernels, self.config, self.weights
+        graphs = self._graphs
+        if graphs is not None and graphs.fits(token_ids, attention, logit_rows):
+            return graphs.run(self._step, token_ids, attention, adapters)
+        return self._step(token_ids, attention, adapters, logit_rows)
+
+    def _step(
+        self,
+        token_ids: Tensor,
+        attention: AttentionBatch,
+        adapters: AdapterBatch | None,
+        logit_rows: Tensor | None = None,
+    ) -> Tensor:
+        """As forward; logits of every row without logit_rows."""
+        kernels, config, weights = self._kernels, self.config, self._weights
         buffers = self._buffers.rows(len(token_ids))
         kernels.embed(weights.embedding, token_ids, buffers.x)
         buffers.delta.zero_()
         kernels.layers(buffers, weights.layers, self._kv_cache, attention, adapters)
-        x, delta = buffers.x[logit_rows], buffers.delta[logit_rows]
-        normed = torch.empty_like(x)
+        x, delta = buffers.x, buffers.delta
+        if logit_rows is not None:
+            x, delta = x[logit_rows], delta[logit_rows]
+        normed = torch.empty_like(x, dtype=kernels.activations)
         kernels.add_and_norm(x, delta, weights.norm, config.norm_eps, normed)
-        logits = x.new_empty(len(logit_rows), -(-config.vocab_size // _PADDING) * _PADDING)
+        logits = x.new_empty(len(x), -(-config.vocab_size // _PADDING) * _PADDING)
         kernels.linear(normed, weights.head, logits)
         return logits[:, : config.vocab_size]
