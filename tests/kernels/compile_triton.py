@@ -48,7 +48,9 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], dict[str, str]]]:
                             yield kernel, constants | {"NUM_MODULES": 3}, pointers
 
 
-def compiled(kernel: Any, constants: dict[str, Any], pointers: dict[str, str], capability: int):
+def compiled(
+    kernel: Any, constants: dict[str, Any], pointers: dict[str, str], capability: int
+) -> Any:
     options = {name: constants[name] for name in OPTIONS & constants.keys()}
     constants = {name: constants[name] for name in constants.keys() - OPTIONS}
     signature: dict[str, Any] = {}
