@@ -65,8 +65,10 @@ class _OnlyCudaIsFake(TorchDispatchMode):
         if func is aten.nonzero.default:
             return args[0].new_empty(args[0].numel(), args[0].dim(), dtype=torch.int64)
         if func.overloadpacket in _OF_ONE_TYPE:
-            dtypes = {fake.dtype for fake in fakes if fake.is_floating_point()}
-            if len(dtypes) > 1 and "out_dtype" not in str(func._schema):
+            is_widening = "out_dtype" in str(func._schema)  # then `out` alone is of another type
+            operands = fakes[:2] if is_widening else fakes
+            dtypes = {fake.dtype for fake in operands if fake.is_floating_point()}
+            if len(dtypes) > 1:
                 raise TypeError(f"{func} of {dtypes}")
         return func(*args, **kwargs)
 

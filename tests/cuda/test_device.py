@@ -1,0 +1,48 @@
+"""What is chosen to compute on, and what is said where it is not there."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from sharelora_serve.config import ServeConfig
+from sharelora_serve.engine.device import choose_device, choose_graphs
+from sharelora_serve.errors import ConfigurationError
+from sharelora_serve.kernels.reference import ReferenceKernels
+from sharelora_serve.models.graphs import batch_sizes
+
+
+@pytest.mark.parametrize("settings", [{"device": "cuda"}, {"kernels": "cuda"}])
+def test_a_gpu_that_is_not_there_is_missed_by_name(
+    settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ConfigurationError, match="finds no CUDA device") as caught:
+        choose_device(ServeConfig(**settings))
+    assert caught.value.message.startswith(f"{next(iter(settings))} = cuda")
+
+
+def test_auto_takes_the_gpu_unless_kernels_of_a_processor_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert choose_device(ServeConfig()) == torch.device("cuda", 1)
+    assert choose_device(ServeConfig(kernels="reference")) == torch.device("cuda", 1)
+    assert choose_device(ServeConfig(kernels="cpu")) == torch.device("cpu")
+    assert choose_device(ServeConfig(device="cpu")) == torch.device("cpu")
+
+
+def test_kernels_of_a_gpu_on_a_processor_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="kernels = 'cuda'"):
+        ServeConfig(kernels="cuda", device="cpu")
+
+
+def test_nothing_is_recorded_but_kernels_of_a_gpu() -> None:
+    assert choose_graphs(ReferenceKernels(), torch.device("cuda", 0), 8, 512) is None
+
+
+def test_recorded_sizes_are_powers_of_two_up_to_the_largest_batch() -> None:
+    assert batch_sizes(1) == [1]
+    assert batch_sizes(6) == [1, 2, 4, 6]
+    assert batch_sizes(8) == [1, 2, 4, 8]
