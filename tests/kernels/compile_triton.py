@@ -8,6 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,8 +20,8 @@ from sharelora_serve.kernels.triton_adapted import choose_launch
 from sharelora_serve.kernels.triton_kernels import expand_kernel, shrink_kernel
 
 CAPABILITIES = (80, 90)
-NUM_TOKENS = (32, 512, 2048)  # each is cut into programs in another way
-IN_FEATURES = (576, 1536, 4096, 11008)
+NUM_TOKENS = (32, 512, 2048)  # each is cut into programs in a way of its own
+IN_FEATURES = (4096, 576, 1536, 11008)
 MAX_PAGES = (2, 8)
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -33,19 +34,19 @@ def variants() -> Iterator[tuple[Any, dict[str, Any], dict[str, str]]]:
     """Kernels, what they are compiled with, and their floating-point pointers; each once."""
     seen = set()
     for dtype, name in DTYPES.items():
-        for num_tokens in NUM_TOKENS if dtype == torch.bfloat16 else NUM_TOKENS[:1]:
-            for in_features in IN_FEATURES:
-                for max_pages in MAX_PAGES:
-                    launch = choose_launch(num_tokens, in_features, max_pages, dtype, dtype)
-                    pointers = {"x": name, "out": name, "arena": name}
-                    for kernel, constants in (
-                        (shrink_kernel, launch.shrink),
-                        (expand_kernel, launch.expand),
-                    ):
-                        key = kernel.__name__, name, repr(constants)
-                        if key not in seen:
-                            seen.add(key)
-                            yield kernel, constants | {"NUM_MODULES": 3}, pointers
+        sizes = product(NUM_TOKENS, IN_FEATURES) if dtype == torch.bfloat16 else [(32, 4096)]
+        for num_tokens, in_features in sizes:
+            for max_pages in MAX_PAGES:
+                launch = choose_launch(num_tokens, in_features, max_pages, dtype, dtype)
+                pointers = {"x": name, "out": name, "arena": name}
+                for kernel, constants in (
+                    (shrink_kernel, launch.shrink),
+                    (expand_kernel, launch.expand),
+                ):
+                    key = kernel.__name__, name, repr(constants)
+                    if key not in seen:
+                        seen.add(key)
+                        yield kernel, constants | {"NUM_MODULES": 3}, pointers
 
 
 def compiled(

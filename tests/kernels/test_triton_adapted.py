@@ -104,12 +104,10 @@ def test_dtypes_may_differ(device: str, dtypes: tuple[torch.dtype, ...], seed: i
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    "owners", [[0], [1], [0] * 5, [0, 0, 1], [1, 2, 1, 0, 2, 1], [1] * 17], ids=str
-)
+@pytest.mark.parametrize("owners", [[0], [1], [0, 0, 1], [1, 2, 1, 0, 2, 1], [1] * 17], ids=str)
 def test_rows_may_belong_to_anybody_in_any_order(device: str, owners: list[int], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    check(draw_case(owners, 24, (40,), generator, sharing="adapters"), device)
+    check(draw_case(owners, 24, (40,), generator, sharing="adapters", max_rank=40), device)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -157,11 +155,11 @@ def test_plan_that_is_refilled_forgets_the_batch_before(device: str, seed: int) 
         num_adapters=4,
         num_entries=ENTRY + 2,
         num_pages=200,
-        max_pages=8,
+        max_pages=3,
         device=torch.device(device),
     )
     for owners in ([1, 1, 2, 3, 3, 4], [0, 1, 2], [0, 0, 0]):
-        case = draw_case(owners, 24, (40, 24), generator)
+        case = draw_case(owners, 24, (40, 24), generator, max_rank=24)
         there = copied(case, device)
         plan.refill(there.batch)
         padding = 16 - len(owners)
@@ -176,13 +174,15 @@ def test_plan_that_is_refilled_forgets_the_batch_before(device: str, seed: int) 
         assert torch.equal(result[: len(owners)].nan_to_num(), expected.nan_to_num())
 
 
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, as asked
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("broken", [float("inf"), float("nan")])
 def test_row_that_overflows_leaves_its_neighbours_as_they_are(
     device: str, broken: float, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    case = draw_case([1] * 5 + [2] * 3, 24, (40,), generator, sharing="all", exact=False)
+    owners = [1] * 5 + [2] * 3
+    case = draw_case(owners, 24, (40,), generator, sharing="all", max_rank=24, exact=False)
     before = run(case, device)
     case.x[2] = broken
     after = run(case, device)
@@ -193,7 +193,7 @@ def test_row_that_overflows_leaves_its_neighbours_as_they_are(
 @pytest.mark.parametrize("device", DEVICES)
 def test_values_are_as_near_as_float32_is(device: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    case = draw_case([1, 1, 2, 3], 600, (40, 24), generator, exact=False)
+    case = draw_case([1, 1, 2, 3], 600, (40, 24), generator, max_rank=40, exact=False)
     result, expected = run(case, device), case.expected()
     error = (result - expected)[:, : case.columns[-1]].abs().max()
     assert error <= 1e-5 * expected[:, : case.columns[-1]].abs().max()
@@ -201,16 +201,21 @@ def test_values_are_as_near_as_float32_is(device: str, seed: int) -> None:
 
 def test_operator_runs_without_a_gpu_on_tensors_that_only_have_shapes(seed: int) -> None:
     case = draw_case([0, 1, 2], 24, (40, 24), torch.Generator().manual_seed(seed))
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        there = copied(case, "cuda")
-        plan = make_plan(there.batch, 8)
-        add_adapters(there.x, there.out, plan, there.batch.arena, ENTRY, there.columns)
-        assert there.out.device.type == "cuda"
-        left = replace(plan, offsets=mode.from_tensor(case.batch.offsets))
+    batch = case.batch
+    with FakeTensorMode() as mode:
+
+        def shape_of(tensor: Tensor) -> Tensor:
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cuda")
+
+        x, out = shape_of(case.x), shape_of(case.out)
+        tensors = {field.name: shape_of(getattr(batch, field.name)) for field in fields(batch)}
+        plan, arena = make_plan(replace(batch, **tensors), 8), tensors["arena"]
+        add_adapters(x, out, plan, arena, ENTRY, case.columns)
+        left = replace(plan, offsets=mode.from_tensor(batch.offsets))
         with pytest.raises(AssertionError, match="not all on one device"):
-            add_adapters(there.x, there.out, left, there.batch.arena, ENTRY, there.columns)
+            add_adapters(x, out, left, arena, ENTRY, case.columns)
         with pytest.raises(AssertionError, match="narrower"):
-            add_adapters(there.x, there.out[:, :50], plan, there.batch.arena, ENTRY, there.columns)
+            add_adapters(x, torch.empty(3, 50, device="cuda"), plan, arena, ENTRY, case.columns)
 
 
 @pytest.mark.cuda
