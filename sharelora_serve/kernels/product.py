@@ -14,6 +14,9 @@ from sharelora_serve.kernels.vector import has_avx512
 _WIDE = 2 if has_avx512() else 1
 """Neighbouring blocks that one tile of `product` computes."""
 
+_ONE_ROW_WIDE = 3
+"""Neighbouring blocks for one row alone: with fewer, sums wait for sums and memory for both."""
+
 _TALL = 12 if has_avx512() else 6
 _MEDIUM = 8 if has_avx512() else 4
 """Rows of the larger tiles, so that their sums fill the registers."""
@@ -24,6 +27,7 @@ _four_wide = make_product_tile(4, _WIDE, accumulate=False)
 _three_wide = make_product_tile(3, _WIDE, accumulate=False)
 _two_wide = make_product_tile(2, _WIDE, accumulate=False)
 _one_wide = make_product_tile(1, _WIDE, accumulate=False)
+_one_widest = make_product_tile(1, _ONE_ROW_WIDE, accumulate=False)
 _six = make_product_tile(6, 1, accumulate=False)
 _four = make_product_tile(4, 1, accumulate=False)
 _three = make_product_tile(3, 1, accumulate=False)
@@ -125,6 +129,22 @@ def add_product(
         )
 
 
+@numba.njit(parallel=True, nogil=True)
+def _one_row(x: Any, weight: Any, bias: Any, out: Any) -> None:
+    """`product` of one row, which is bound by how fast weights come from memory."""
+    depth = weight.shape[1]
+    size = depth * LANES
+    strips = weight.shape[0] // _ONE_ROW_WIDE
+    for strip in numba.prange(strips):
+        block = strip * _ONE_ROW_WIDE
+        start, column = block * size, block * LANES
+        _one_widest(x, 0, 0, weight, start, LANES, size, depth, out, 0, column)
+        _add_bias(bias, out, column, column + _ONE_ROW_WIDE * LANES)
+    for block in range(strips * _ONE_ROW_WIDE, weight.shape[0]):
+        block_product(x, 0, 0, 1, weight, block, out, block * LANES)
+        _add_bias(bias, out, block * LANES, (block + 1) * LANES)
+
+
 @numba.njit(parallel=True, nogil=True, cache=True)
 def product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     """out[t, n] = bias[n] + sum over k of x[t, k] W[n, k], all columns of `out`, padding included.
@@ -134,6 +154,9 @@ def product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     bias    (out_features,)                             float32; empty for none
     out     (num_tokens, ceil(out / LANES) * LANES)     float32
     """
+    if x.shape[0] == 1:
+        _one_row(x, weight, bias, out)
+        return
     pairs = weight.shape[0] // _WIDE
     for pair in numba.prange(pairs):
         _wide_product(x, weight, pair * _WIDE, out)
