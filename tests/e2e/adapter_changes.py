@@ -40,7 +40,7 @@ def make_sample(
     adapter = read_adapter(folder, layout, name=folder.name)
     prompt_ids = codec.encode(_PROMPT, add_special_tokens=True)
     answer = reference_greedy(reference, adapter, prompt_ids, NUM_TOKENS)
-    tokens = [codec.token_text(i) for i in answer.token_ids[: answer.num_clear]]
+    tokens = [codec.token_text(i) for i in answer.token_ids[: answer.count_clear()]]
     return Sample(adapter, zipped_folder(folder), tokens)
 
 

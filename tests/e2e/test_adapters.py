@@ -48,7 +48,7 @@ def test_an_adapters_answer_is_that_of_the_base_with_the_adapter_folded_in(
     shown = choice(client, model=name or BASE, max_tokens=NUM_TOKENS, logprobs=0)
     assert shown.logprobs is not None
     assert shown.logprobs.tokens is not None
-    clear = slice(expected.num_clear)
+    clear = slice(expected.count_clear())
     assert shown.logprobs.tokens[clear] == [codec.token_text(i) for i in expected.token_ids[clear]]
 
 

@@ -18,6 +18,7 @@ from sharelora_serve.models.config import load_model_config
 from sharelora_serve.models.embedded import embedded_base_folder
 from tests.golden.adapters import write_adapters
 from tests.golden.reference import (
+    TOLERANCE,
     ReferenceAnswer,
     count_sound,
     folded,
@@ -55,9 +56,9 @@ class Base:
         """One prompt, which the base and every adapter are asked; these are the first cases."""
         return [case for case in self.cases if case.prompt_ids == self.cases[0].prompt_ids]
 
-    def assert_right(self, case: Case, served: Served) -> None:
+    def assert_right(self, case: Case, served: Served, tolerance: float = TOLERANCE) -> None:
         """The answer to one of the cases is the reference's."""
-        assert_equal(case, served, self.references[self.cases.index(case)])
+        assert_equal(case, served, self.references[self.cases.index(case)], tolerance)
 
     def config(self, **settings: Any) -> ServeConfig:
         """A float32 server of this base and all of its adapters, with room for all at once."""

@@ -8,9 +8,8 @@ import pytest
 
 from tests.golden.adapters import FORMS, PEFT_NAMES
 from tests.golden.bases import EMBEDDED, Base, open_base
-from tests.golden.reference import reference_with_peft
+from tests.golden.reference import TOLERANCE, TOLERANCE_WHILE_MERGED, reference_with_peft
 from tests.golden.serving import (
-    TOLERANCE,
     Case,
     Served,
     assert_equal,
@@ -44,9 +43,9 @@ def max_owners_in_flight(cases: list[Case], answers: list[Served]) -> int:
     return most
 
 
-def assert_all_right(base: Base, answers: list[Served]) -> None:
+def assert_all_right(base: Base, answers: list[Served], tolerance: float = TOLERANCE) -> None:
     for case, served in zip(base.cases, answers, strict=True):
-        base.assert_right(case, served)
+        base.assert_right(case, served, tolerance)
 
 
 def test_no_adapter_could_be_mistaken_for_the_base_or_another(base: Base) -> None:
@@ -55,7 +54,7 @@ def test_no_adapter_could_be_mistaken_for_the_base_or_another(base: Base) -> Non
     for index, reference in enumerate(shared):
         for other in shared[:index]:
             difference = (reference.logprobs[0] - other.logprobs[0]).abs().max()
-            assert difference > 500 * TOLERANCE
+            assert difference > 1000 * TOLERANCE
     unlike_base = [answer.token_ids != shared[0].token_ids for answer in shared[1:]]
     assert sum(unlike_base) > len(FORMS) / 2
 
@@ -94,7 +93,7 @@ def test_with_one_adapter_merged_everybody_still_gets_their_own_tokens(
     merged = random.Random(f"{seed} {base.name}").choice(list(FORMS))
     with running_engine(base.config(merge=merged)) as loaded:
         answers = serve_together(loaded, base.cases)
-    assert_all_right(base, answers)
+    assert_all_right(base, answers, TOLERANCE_WHILE_MERGED)
 
 
 def test_a_cached_prefix_changes_no_token_and_never_serves_another_adapter(base: Base) -> None:
