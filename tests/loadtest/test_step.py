@@ -10,9 +10,8 @@ from typer.testing import CliRunner
 from loadtest.__main__ import app
 from loadtest.step import ADAPTERS, PARTS, PYTHON, measure_steps
 from loadtest.timed_kernels import PRODUCTS, TimedKernels
-from sharelora_serve.engine.load import load_engine
 from tests.golden.bases import Base, open_base
-from tests.golden.serving import serve_together
+from tests.golden.serving import running_engine, serve_together
 
 
 @pytest.fixture(scope="module")
@@ -22,20 +21,16 @@ def base(seed: int) -> Iterator[Base]:
 
 
 @pytest.mark.parametrize("is_split", [False, True])
-def test_timed_kernels_give_the_right_tokens(base: Base, is_split: bool, tmp_path: Path) -> None:
+def test_timed_kernels_give_the_right_tokens(base: Base, is_split: bool) -> None:
     kernels = TimedKernels()
     kernels.is_split = is_split
-    loaded = load_engine(base.config(store=tmp_path), kernels=kernels)
-    loaded.engine.start()
-    try:
+    with running_engine(base.config(), kernels) as loaded:
         answers = serve_together(loaded, base.cases)
-    finally:
-        loaded.engine.stop()
     for case, served in zip(base.cases, answers, strict=True):
         base.assert_right(case, served)
     assert kernels.num_steps > 0
     assert (ADAPTERS in kernels.seconds) is is_split
-    assert kernels.read_weights_seconds(rounds=1) > 0
+    assert kernels.read_weights_seconds() > 0
 
 
 def test_every_load_is_measured_on_the_base_and_on_adapters(base: Base) -> None:
