@@ -88,7 +88,6 @@ def choose_graphs(
         return None
     return DecodeGraphs(
         cuda_graph(device),
-        kernels,
         max_running=max_running,
         max_blocks=-(-max_model_len // kernels.block_size),
         device=device,

@@ -1,6 +1,7 @@
 """From the scheduler's choice to logits: one packed batch of prefill chunks and decodes."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -135,14 +136,7 @@ class Runner:
         if packed is None or not same:
             packed = self._pack(tables)
             self._tables, self._packed = tables, packed
-        return AdapterBatch(
-            self._from_numpy(row_adapter),
-            packed.offsets,
-            packed.a_pages,
-            packed.b_pages,
-            packed.scaling,
-            packed.arena,
-        )
+        return replace(packed, row_adapter=self._from_numpy(row_adapter))
 
     def _table(self, request: Request) -> PageTable | None:
         """A request's pages beside what is folded into the weights."""
@@ -173,4 +167,5 @@ class Runner:
             b_pages=self._from_numpy(np.concatenate([table.b_pages for table in tables])),
             scaling=self._from_numpy(np.concatenate([table.scaling for table in tables])),
             arena=self._arena,
+            max_pages=max(int(np.diff(table.offsets).max()) for table in tables),
         )

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 BLOCK_SIZE = 16
@@ -40,6 +41,7 @@ class AdapterBatch:
     scaling      (num_pages,)                         float32
     arena        (num_elements,)                      the pool's memory, in its own dtype; page p of
                                                       width f starts at element p * 8 * f
+    max_pages    no entry has more: a GPU's kernels have room for so many
     """
 
     row_adapter: Tensor
@@ -48,3 +50,34 @@ class AdapterBatch:
     b_pages: Tensor
     scaling: Tensor
     arena: Tensor
+    max_pages: int
+
+    @classmethod
+    def reserve(
+        cls, num_rows: int, num_entries: int, max_pages: int, arena: Tensor
+    ) -> "AdapterBatch":
+        """Room for any batch of so many rows, whose tensors a CUDA graph can keep; see refill."""
+        device, num_pages = arena.device, num_rows * num_entries * max_pages
+        return cls(
+            row_adapter=torch.zeros(num_rows, dtype=torch.int32, device=device),
+            offsets=torch.zeros(1 + num_rows, num_entries + 1, dtype=torch.int32, device=device),
+            a_pages=torch.zeros(num_pages, dtype=torch.int32, device=device),
+            b_pages=torch.zeros(num_pages, dtype=torch.int32, device=device),
+            scaling=torch.zeros(num_pages, dtype=torch.float32, device=device),
+            arena=arena,
+            max_pages=max_pages,
+        )
+
+    def refill(self, batch: "AdapterBatch") -> None:
+        """Copy a batch in, of no more than there is room for; rows it lacks have no adapter."""
+        assert batch.max_pages <= self.max_pages, "an entry has more pages than there is room for"
+        num_tokens = len(batch.row_adapter)
+        self.row_adapter[:num_tokens].copy_(batch.row_adapter, non_blocking=True)
+        self.row_adapter[num_tokens:].zero_()
+        for room, tensor in (
+            (self.offsets, batch.offsets),
+            (self.a_pages, batch.a_pages),
+            (self.b_pages, batch.b_pages),
+            (self.scaling, batch.scaling),
+        ):
+            room[: len(tensor)].copy_(tensor, non_blocking=True)

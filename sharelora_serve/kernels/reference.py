@@ -1,28 +1,44 @@
 """The kernels in plain torch: what each computes, on any device, to hold the fast ones against."""
 
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear, rms_norm, scaled_dot_product_attention, silu
 
 from sharelora_serve.kernels.batch import BLOCK_SIZE, PAGE_RANK, AdapterBatch, AttentionBatch
 from sharelora_serve.kernels.layers import Buffers, LayerWeights
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * weight
+    """Root-mean-square norm times weight (arXiv 1910.07467)."""
+    return rms_norm(x, weight.shape, weight, eps)
 
 
 def _rotate(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
-    """heads (num_tokens, num_heads, head_dim); cosine, sine (num_tokens, head_dim / 2)."""
+    """heads (num_tokens, num_heads, head_dim); cosine, sine (num_tokens, 1, head_dim / 2)."""
     first, second = heads.chunk(2, dim=-1)
-    cosine, sine = cosine.unsqueeze(1), sine.unsqueeze(1)
     return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
 
 
+class Places(NamedTuple):
+    """Where the rows of a batch stand; worked out once for all layers.
+
+    rows          AttentionBatch, or what a subclass makes of it
+    cosine, sine  (num_tokens, 1, head_dim / 2) of the rows' rotary angles (arXiv 2104.09864)
+    """
+
+    rows: Any
+    cosine: Tensor
+    sine: Tensor
+
+
 class ReferenceKernels:
-    """The kernels that `models` calls, as the formulas have them."""
+    """The kernels that `models` calls, as the formulas have them.
+
+    `layers` is made of the others: kernels for another device override those.
+    """
 
     name = "reference"
     block_size = BLOCK_SIZE
@@ -52,7 +68,7 @@ class ReferenceKernels:
 
     def linear(self, x: Tensor, weight: Any, out: Tensor) -> None:
         """out[:, :out_features] = x W^T; `out` may be wider."""
-        out[:, : weight.shape[0]] = torch.nn.functional.linear(x, weight.to(x.dtype))
+        out[:, : weight.shape[0]] = linear(x, weight.to(x.dtype))
 
     def embed(self, weight: Any, token_ids: Tensor, out: Tensor) -> None:
         """out[t] = row token_ids[t] of a weight."""
@@ -69,7 +85,7 @@ class ReferenceKernels:
         """out = silu(gate) * up, the two halves of gate_up (arXiv 2002.05202)."""
         inner = out.shape[1]
         gate, up = gate_up[:, :inner], gate_up[:, inner : 2 * inner]
-        out.copy_(torch.nn.functional.silu(gate) * up)
+        torch.mul(silu(gate), up, out=out)
 
     def make_kv_cache(
         self,
@@ -80,12 +96,17 @@ class ReferenceKernels:
         dtype: torch.dtype,
         device: torch.device,
     ) -> tuple[Any, Any]:
-        """Keys and values, both (layers, blocks, 16, kv_heads, head_dim)."""
-        shape = (num_layers, num_blocks, BLOCK_SIZE, num_kv_heads, head_dim)
+        """Keys and values, both (layers, blocks, block_size, kv_heads, head_dim)."""
+        shape = (num_layers, num_blocks, self.block_size, num_kv_heads, head_dim)
         return (
             torch.zeros(shape, dtype=dtype, device=device),
             torch.zeros(shape, dtype=dtype, device=device),
         )
+
+    def locate(self, batch: AttentionBatch, cosine: Tensor, sine: Tensor) -> Places:
+        """What `attend` is told of the rows; cosine, sine (max_positions, head_dim / 2)."""
+        place = batch.positions.long()
+        return Places(batch, cosine[place].unsqueeze(1), sine[place].unsqueeze(1))
 
     def attend(
         self,
@@ -93,33 +114,24 @@ class ReferenceKernels:
         q_norm: Tensor,
         k_norm: Tensor,
         eps: float,
-        cosine: Tensor,
-        sine: Tensor,
-        batch: AttentionBatch,
+        places: Places,
         window: int,
         keys: Any,
         values: Any,
         out: Tensor,
-    ) -> None:
+    ) -> Tensor:
         """Rotate q and k, store k and v, attend causally over each row's own blocks.
 
-        qkv      (num_tokens, (heads + 2 kv_heads) * head_dim or more)   float32
+        qkv      (num_tokens, (heads + 2 kv_heads) * head_dim or more)
         q_norm   (head_dim,)   norm of each query head before rotation; empty for none; so k_norm
-        cosine   (max_positions, head_dim / 2)   of the rotary angles (arXiv 2104.09864); so sine
         window   how many tokens a row sees, itself included; 0 for all
         out      (num_tokens, heads * head_dim)
+
+        Returns what was attended: `out`, or another tensor where a kernel makes its own.
         """
-        num_tokens, kv_heads, dim = qkv.shape[0], keys.shape[2], keys.shape[3]
-        heads = out.shape[1] // dim
-        split = qkv[:, : (heads + 2 * kv_heads) * dim].view(num_tokens, -1, dim)
-        query, key, value = split.split([heads, kv_heads, kv_heads], dim=1)
-        if len(q_norm):
-            query = _norm(query, q_norm, eps)
-        if len(k_norm):
-            key = _norm(key, k_norm, eps)
+        batch: AttentionBatch = places.rows
+        query, key, value = self.split(qkv, q_norm, k_norm, eps, places, keys, out)
         place = batch.positions.long()
-        query = _rotate(query, cosine[place], sine[place])
-        key = _rotate(key, cosine[place], sine[place])
         blocks = batch.block_tables[batch.row_sequence.long(), place // BLOCK_SIZE].long()
         keys[blocks, place % BLOCK_SIZE] = key.to(keys.dtype)
         values[blocks, place % BLOCK_SIZE] = value.to(values.dtype)
@@ -134,7 +146,7 @@ class ReferenceKernels:
             visible = distance >= 0
             if window:
                 visible &= distance < window
-            answer = torch.nn.functional.scaled_dot_product_attention(
+            answer = scaled_dot_product_attention(
                 query[rows].transpose(0, 1).unsqueeze(0),
                 seen_keys.unsqueeze(0),
                 seen_values.unsqueeze(0),
@@ -142,6 +154,35 @@ class ReferenceKernels:
                 enable_gqa=True,
             )
             out[rows] = answer[0].transpose(0, 1).reshape(count, -1)
+        return out
+
+    def split(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        eps: float,
+        places: Places,
+        keys: Tensor,
+        out: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Heads of q and k in float32, after their norms and rotation, and of v as they are.
+
+        Each (num_tokens, its heads, head_dim); the rest is as in `attend`.
+        """
+        kv_heads, dim = keys.shape[-2:]
+        heads = out.shape[1] // dim
+        parts = qkv[:, : (heads + 2 * kv_heads) * dim].view(len(qkv), -1, dim)
+        query, key, value = parts.split([heads, kv_heads, kv_heads], dim=1)
+        query, key = (
+            _rotate(
+                _norm(part.float(), norm, eps) if len(norm) else part.float(),
+                places.cosine,
+                places.sine,
+            )
+            for part, norm in ((query, q_norm), (key, k_norm))
+        )
+        return query, key, value
 
     def add_adapters(
         self, x: Tensor, out: Tensor, batch: AdapterBatch, entry: int, columns: Tensor
@@ -177,10 +218,12 @@ class ReferenceKernels:
     ) -> None:
         """Every decoder layer: norm, attention, norm, gated MLP (arXiv 2302.13971)."""
         b, w = buffers, weights
+        places = self.locate(attention, w.cosine, w.sine)
 
         def product(x: Tensor, weight: Any, bias: Tensor, out: Tensor, columns: Tensor) -> None:
             self.linear(x, weight, out)
-            out[:, : len(bias)] += bias
+            if len(bias):
+                out[:, : len(bias)] += bias
             if adapters is not None:
                 self.add_adapters(x, out, adapters, entry, columns)
 
@@ -190,20 +233,18 @@ class ReferenceKernels:
             self.add_and_norm(b.x, b.delta, w.input_norm[layer], w.norm_eps, b.normed)
             product(b.normed, w.qkv[layer], w.qkv_bias[layer], b.qkv, w.qkv_columns)
             entry += 3
-            self.attend(
+            attended = self.attend(
                 b.qkv,
                 w.q_norm[layer],
                 w.k_norm[layer],
                 w.norm_eps,
-                w.cosine,
-                w.sine,
-                attention,
+                places,
                 window,
                 keys[layer],
                 values[layer],
                 b.attended,
             )
-            product(b.attended, w.o[layer], w.o_bias[layer], b.delta, w.o_columns)
+            product(attended, w.o[layer], w.o_bias[layer], b.delta, w.o_columns)
             entry += 1
             self.add_and_norm(b.x, b.delta, w.post_norm[layer], w.norm_eps, b.normed)
             product(b.normed, w.gate_up[layer], w.gate_up_bias[layer], b.gate_up, w.gate_up_columns)

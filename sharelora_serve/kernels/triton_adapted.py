@@ -23,8 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sharelora_serve.kernels.adapted_plan import AdaptedPlan
-from sharelora_serve.kernels.batch import PAGE_RANK
+from sharelora_serve.kernels.batch import PAGE_RANK, AdapterBatch
 from sharelora_serve.kernels.triton_kernels import expand_kernel, shrink_kernel
 
 _MAX_SPREAD_TOKENS = 256  # up to here every row may have an adapter of its own: as many programs
@@ -39,28 +38,28 @@ _TRITON_DTYPES = {
 
 
 def add_adapters(
-    x: Tensor, out: Tensor, plan: AdaptedPlan, arena: Tensor, entry: int, columns: tuple[int, ...]
+    x: Tensor, out: Tensor, batch: AdapterBatch, entry: int, columns: tuple[int, ...]
 ) -> None:
     """out[t, module] += scaling * B A x[t], every row with its own pages (arXiv 2106.09685).
 
     x        (num_tokens, in_features)                float32, float16 or bfloat16
     out      (num_tokens, columns[-1] or more)        likewise; padding is left as it is
-    arena    (num_elements,)                          likewise; page p of width f is at p * 8 * f
     entry    of the page table, of the first module whose outputs stand in `out`
     columns  (num_modules + 1)                        where the outputs of each begin, and the end
 
-    Sums in float32 and rounds once, into `out`. No tensor but the arena has 2^31 elements.
+    The batch's arena is of one of these types too. Sums in float32 and rounds once, into `out`. No
+    tensor but the arena has 2^31 elements.
     """
     _add_adapters(
         x,
         out,
-        plan.row_adapter,
-        plan.offsets,
-        plan.a_pages,
-        plan.b_pages,
-        plan.scaling,
-        plan.max_pages,
-        arena,
+        batch.row_adapter,
+        batch.offsets,
+        batch.a_pages,
+        batch.b_pages,
+        batch.scaling,
+        batch.max_pages,
+        batch.arena,
         entry,
         columns,
     )

@@ -12,9 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels.adapted_plan import AdaptedPlan, reserve_plan
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
-from sharelora_serve.kernels.cuda import CountedAdapters, CudaKernels
 
 Record = Callable[[Callable[[], Tensor]], Callable[[], Tensor]]
 """A step, already run once -> what runs it again; its result lies in one place for ever."""
@@ -55,7 +53,7 @@ def batch_sizes(max_running: int) -> list[int]:
 class _Shape(NamedTuple):
     """What the batches that one recorded step serves have in common; powers of two.
 
-    max_pages  of the adapters, see AdaptedPlan; 0 where all rows are the base's
+    max_pages  of the adapters, see AdapterBatch; 0 where all rows are the base's
     """
 
     num_rows: int
@@ -65,7 +63,7 @@ class _Shape(NamedTuple):
 @dataclass(frozen=True, slots=True)
 class _Recorded:
     replay: Callable[[], Tensor]
-    plan: AdaptedPlan | None  # that it reads
+    adapters: AdapterBatch | None  # that it reads
 
 
 class DecodeGraphs:
@@ -79,7 +77,6 @@ class DecodeGraphs:
     def __init__(
         self,
         record: Record,
-        kernels: CudaKernels,
         *,
         max_running: int,
         max_blocks: int,
@@ -91,7 +88,6 @@ class DecodeGraphs:
         max_blocks   of the longest sequence
         """
         self._record = record
-        self._kernels = kernels
         self.sizes = batch_sizes(max_running)
         self._token_ids = torch.zeros(max_running, dtype=torch.int64, device=device)
         self._attention = AttentionBatch(
@@ -137,15 +133,15 @@ class DecodeGraphs:
             kept[tuple(slice(length) for length in new.shape)] = new
         shape = _Shape(size, 0)
         if adapters is not None:
-            max_pages = max(_FEWEST_PAGES, self._kernels.max_pages(adapters))
+            max_pages = max(_FEWEST_PAGES, adapters.max_pages)
             shape = _Shape(size, 1 << (max_pages - 1).bit_length())
         recorded = self._recorded.get(shape)
         if recorded is None:
             recorded = self._record_step(step, shape, self._token_ids[:size], rows, adapters)
             self._recorded[shape] = recorded
         elif adapters is not None:
-            assert recorded.plan is not None, "a step with adapters was recorded with their plan"
-            recorded.plan.refill(adapters)
+            assert recorded.adapters is not None, "a step with adapters was recorded with some"
+            recorded.adapters.refill(adapters)
         return recorded.replay()[:num_rows]
 
     def forget(self) -> None:
@@ -160,26 +156,12 @@ class DecodeGraphs:
         rows: AttentionBatch,
         adapters: AdapterBatch | None,
     ) -> _Recorded:
-        plan = kept = None
+        kept = None
         if adapters is not None:
             num_entries = adapters.offsets.shape[1] - 1
-            plan = reserve_plan(
-                num_tokens=shape.num_rows,
-                num_adapters=shape.num_rows,
-                num_entries=num_entries,
-                num_pages=shape.num_rows * num_entries * shape.max_pages,
-                max_pages=shape.max_pages,
-                device=token_ids.device,
+            kept = AdapterBatch.reserve(
+                shape.num_rows, num_entries, shape.max_pages, adapters.arena
             )
-            plan.refill(adapters)
-            kept = CountedAdapters(
-                plan.row_adapter,
-                plan.offsets,
-                plan.a_pages,
-                plan.b_pages,
-                plan.scaling,
-                adapters.arena,
-                plan.max_pages,
-            )
+            kept.refill(adapters)
         step(token_ids, rows, kept)  # compiles what is not compiled yet
-        return _Recorded(self._record(lambda: step(token_ids, rows, kept)), plan)
+        return _Recorded(self._record(lambda: step(token_ids, rows, kept)), kept)

@@ -16,11 +16,11 @@ from sharelora_serve.engine.scheduler import ScheduledRequest
 from sharelora_serve.kernels.cuda import CudaKernels
 from sharelora_serve.kernels.interface import Kernels
 from sharelora_serve.kernels.paged_attention import gathered_attention
-from sharelora_serve.kernels.plain_adapted import add_adapters
 from sharelora_serve.models.config import ModelConfig, load_model_config
 from sharelora_serve.models.decoder import Decoder
 from sharelora_serve.models.graphs import DecodeGraphs, Record
 from sharelora_serve.models.loader import load_weights
+from tests.cuda.plain_adapted import add_adapters
 from tests.kernels.batches import draw_adapter
 from tests.tiny_models import MAX_MODEL_LEN, write_tiny_model
 
@@ -59,11 +59,8 @@ class World:
         )
         graphs = None
         if record is not None:
-            assert isinstance(kernels, CudaKernels)
             blocks = MAX_MODEL_LEN // kernels.block_size
-            graphs = DecodeGraphs(
-                record, kernels, max_running=MAX_RUNNING, max_blocks=blocks, device=device
-            )
+            graphs = DecodeGraphs(record, max_running=MAX_RUNNING, max_blocks=blocks, device=device)
         decoder = Decoder(
             self.config,
             weights,

@@ -21,14 +21,12 @@ from sharelora_serve.engine import device, load
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.load import Loaded, load_engine
 from sharelora_serve.engine.request import FinishReason, Request, RequestOutput, SamplingParams
-from sharelora_serve.kernels.cuda import CudaKernels
 from tests.cuda.fake_device import fake_cuda
 from tests.golden.adapters import write_adapters
 from tests.golden.reference import load_reference
 from tests.tiny_models import ARCHITECTURES, write_tiny_model
 
 ADAPTERS = ("lora", "share-a", "share-qkv-ab", "lora-rank-61", "some-layers")
-MOST_PAGES = 8  # of a module, in the adapter of rank 61
 MAX_STEPS = 500
 
 
@@ -58,9 +56,6 @@ def fake_server(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     monkeypatch.setattr(pool, "CopyStream", CopiesAtOnce)
     monkeypatch.setattr(load, "AdapterCache", partial(AdapterCache, num_loader_threads=0))
-    # It is read back from the device, where it is made up.
-    max_pages = CudaKernels.max_pages
-    monkeypatch.setattr(CudaKernels, "max_pages", lambda *of: max(MOST_PAGES, max_pages(*of)))
     monkeypatch.setattr(device, "cuda_graph", lambda _: lambda step: step)
     config = ServeConfig(
         **{

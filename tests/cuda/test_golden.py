@@ -10,15 +10,18 @@ from sharelora_serve.models.graphs import DecodeGraphs
 from tests.cuda.recorded import record
 from tests.cuda.steps import twin_kernels
 from tests.golden.bases import EMBEDDED, Base, open_base
+from tests.golden.reference import TOLERANCE, TOLERANCE_WHILE_MERGED
 from tests.golden.serving import Case, Served, running_engine, serve_together
 from tests.tiny_models import ARCHITECTURES, MAX_MODEL_LEN
 
 MAX_RUNNING = 16
 
 
-def assert_all_right(base: Base, cases: list[Case], answers: list[Served]) -> None:
+def assert_all_right(
+    base: Base, cases: list[Case], answers: list[Served], tolerance: float = TOLERANCE
+) -> None:
     for case, served in zip(cases, answers, strict=True):
-        base.assert_right(case, served)
+        base.assert_right(case, served, tolerance)
 
 
 def test_twins_of_the_kernels_and_of_graphs_give_these_tokens(
@@ -28,16 +31,14 @@ def test_twins_of_the_kernels_and_of_graphs_give_these_tokens(
     cpu = torch.device("cpu")
     graphs = DecodeGraphs(
         record,
-        kernels,
         max_running=MAX_RUNNING,
         max_blocks=MAX_MODEL_LEN // kernels.block_size,
         device=cpu,
     )
-    monkeypatch.setattr(load, "choose_kernels", lambda *_: kernels)
     monkeypatch.setattr(load, "choose_graphs", lambda *_: graphs)
     with open_base("qwen2-sliding", seed) as base:
         cases = base.cases[::2]
-        with running_engine(base.config(max_running=MAX_RUNNING, merge="off")) as loaded:
+        with running_engine(base.config(max_running=MAX_RUNNING), kernels) as loaded:
             answers = serve_together(loaded, cases)
         assert_all_right(base, cases, answers)
 
@@ -72,7 +73,7 @@ def test_beside_a_merged_adapter_on_a_gpu_everybody_gets_their_own_tokens(
 ) -> None:
     with running_engine(base.config(device="cuda", kv_memory="2GiB", merge=merge)) as loaded:
         answers = serve_together(loaded, base.cases)
-    assert_all_right(base, base.cases, answers)
+    assert_all_right(base, base.cases, answers, TOLERANCE_WHILE_MERGED)
 
 
 @pytest.mark.cuda

@@ -8,11 +8,10 @@ import torch
 from sharelora_serve.kernels.reference import ReferenceKernels
 from tests.cuda.recorded import record
 from tests.cuda.steps import draw_script, draw_world, run_script, twin_kernels
+from tests.golden.reference import TOLERANCE
 from tests.tiny_models import ARCHITECTURES
 
 CPU = torch.device("cpu")
-TOLERANCE = 2e-4
-"""Of logits of standard deviation 2.5, both in float32: what the golden tests allow."""
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

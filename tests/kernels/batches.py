@@ -148,6 +148,7 @@ class Tenants:
             b_pages=joined("b_pages"),
             scaling=joined("scaling"),
             arena=self.pool.arena,
+            max_pages=int(np.diff(offsets, axis=1).max()),
         )
 
     def place(self, layer: int, fused: str) -> tuple[int, Tensor]:

@@ -27,11 +27,6 @@ class Case:
     batch: AdapterBatch
     columns: tuple[int, ...]
 
-    @property
-    def max_pages(self) -> int:
-        """The most pages of an entry."""
-        return max(1, int(self.batch.offsets.diff(dim=1).max()))
-
     def expected(self) -> Tensor:
         """What out becomes by the definition, in float32, before it is rounded to its dtype."""
         out, columns = self.out.float().clone(), torch.tensor(self.columns)
@@ -138,6 +133,7 @@ def draw_case(
         b_pages=torch.tensor(b_pages, dtype=torch.int32),
         scaling=torch.tensor(scaling),
         arena=arena.tensor(arena_dtype),
+        max_pages=max(map(max, lengths)),
     )
     assert all(begin <= end for row in offsets for begin, end in pairwise(row))
     return Case(x.to(x_dtype), out.to(out_dtype), batch, columns)

@@ -54,7 +54,7 @@ class Parts(Protocol):
         values: Any,
         out: Tensor,
     ) -> None:
-        """See ReferenceKernels."""
+        """See ReferenceKernels; cosine, sine as LayerWeights have them."""
 
 
 class ReferenceParts:
@@ -63,7 +63,23 @@ class ReferenceParts:
     def __init__(self) -> None:
         self.kernels = ReferenceKernels()
         self.silu_and_multiply = self.kernels.silu_and_multiply
-        self.attend = self.kernels.attend
+
+    def attend(
+        self,
+        qkv: Tensor,
+        q_norm: Tensor,
+        k_norm: Tensor,
+        eps: float,
+        cosine: Tensor,
+        sine: Tensor,
+        batch: AttentionBatch,
+        window: int,
+        keys: Any,
+        values: Any,
+        out: Tensor,
+    ) -> None:
+        places = self.kernels.locate(batch, cosine, sine)
+        self.kernels.attend(qkv, q_norm, k_norm, eps, places, window, keys, values, out)
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor, out: Tensor) -> None:
         self.kernels.linear(x, weight, out)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sharelora_serve.kernels.adapted_plan import make_plan, reserve_plan
+from sharelora_serve.kernels.batch import AdapterBatch
 from tests.kernels.batches import same_bits
 from tests.kernels.page_tables import ENTRY, SHARING, Case, draw_case
 
@@ -47,10 +47,15 @@ def _new_tensors_are_nan() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def tensors_of(batch: AdapterBatch) -> dict[str, Tensor]:
+    values = {field.name: getattr(batch, field.name) for field in fields(batch)}
+    return {name: value for name, value in values.items() if isinstance(value, Tensor)}
+
+
 def copied(case: Case, device: str) -> Case:
     """The same on a device, in memory of its own."""
     batch = case.batch
-    tensors = {field.name: getattr(batch, field.name).to(device) for field in fields(batch)}
+    tensors = {name: tensor.to(device) for name, tensor in tensors_of(batch).items()}
     x, out = case.x.to(device, copy=True), case.out.to(device, copy=True)
     return replace(case, x=x, out=out, batch=replace(batch, **tensors))
 
@@ -58,8 +63,7 @@ def copied(case: Case, device: str) -> Case:
 def run(case: Case, device: str) -> Tensor:
     """`out` after the kernels, on the CPU; the rest must be as it was."""
     there = copied(case, device)
-    plan = make_plan(there.batch, there.max_pages)
-    add_adapters(there.x, there.out, plan, there.batch.arena, ENTRY, there.columns)
+    add_adapters(there.x, there.out, there.batch, ENTRY, there.columns)
     assert same_bits(case.x.float(), there.x.cpu().float())
     return there.out.cpu()
 
@@ -148,26 +152,19 @@ def test_prompts_are_as_defined(
 
 
 @pytest.mark.parametrize("device", DEVICES)
-def test_plan_that_is_refilled_forgets_the_batch_before(device: str, seed: int) -> None:
+def test_batch_that_is_refilled_forgets_the_batch_before(device: str, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
-    plan = reserve_plan(
-        num_tokens=16,
-        num_adapters=4,
-        num_entries=ENTRY + 2,
-        num_pages=200,
-        max_pages=3,
-        device=torch.device(device),
-    )
+    kept = AdapterBatch.reserve(16, ENTRY + 2, 3, torch.empty(0, device=device))
     for owners in ([1, 1, 2, 3, 3, 4], [0, 1, 2], [0, 0, 0]):
         case = draw_case(owners, 24, (40, 24), generator, max_rank=24)
         there = copied(case, device)
-        plan.refill(there.batch)
+        kept.refill(there.batch)
         padding = 16 - len(owners)
         x, out = (
             torch.nn.functional.pad(part, (0, 0, 0, padding), value=float("nan"))
             for part in (there.x, there.out)
         )
-        add_adapters(x, out, plan, there.batch.arena, ENTRY, there.columns)
+        add_adapters(x, out, replace(kept, arena=there.batch.arena), ENTRY, there.columns)
         expected = case.expected()
         result = out.cpu()
         assert result[len(owners) :].isnan().all()
@@ -208,14 +205,14 @@ def test_operator_runs_without_a_gpu_on_tensors_that_only_have_shapes(seed: int)
             return torch.zeros(tensor.shape, dtype=tensor.dtype, device="cuda")
 
         x, out = shape_of(case.x), shape_of(case.out)
-        tensors = {field.name: shape_of(getattr(batch, field.name)) for field in fields(batch)}
-        plan, arena = make_plan(replace(batch, **tensors), 8), tensors["arena"]
-        add_adapters(x, out, plan, arena, ENTRY, case.columns)
-        left = replace(plan, offsets=mode.from_tensor(batch.offsets))
+        there = {name: shape_of(tensor) for name, tensor in tensors_of(batch).items()}
+        batch = replace(batch, **there)
+        add_adapters(x, out, batch, ENTRY, case.columns)
+        left = replace(batch, offsets=mode.from_tensor(case.batch.offsets))
         with pytest.raises(AssertionError, match="not all on one device"):
-            add_adapters(x, out, left, arena, ENTRY, case.columns)
+            add_adapters(x, out, left, ENTRY, case.columns)
         with pytest.raises(AssertionError, match="narrower"):
-            add_adapters(x, torch.empty(3, 50, device="cuda"), plan, arena, ENTRY, case.columns)
+            add_adapters(x, torch.empty(3, 50, device="cuda"), batch, ENTRY, case.columns)
 
 
 @pytest.mark.cuda
@@ -252,24 +249,17 @@ def test_graph_that_was_recorded_without_adapters_serves_any(seed: int) -> None:
     size = max(len(case.batch.arena) for case in cases)
     x, out = torch.zeros_like(cases[0].x), torch.zeros_like(cases[0].out)
     arena = torch.zeros(size, device="cuda")
-    plan = reserve_plan(
-        num_tokens=8,
-        num_adapters=4,
-        num_entries=ENTRY + 2,
-        num_pages=200,
-        max_pages=8,
-        device=x.device,
-    )
+    kept = AdapterBatch.reserve(8, ENTRY + 2, 8, arena)
 
     def step() -> None:
-        add_adapters(x, out, plan, arena, ENTRY, cases[0].columns)
+        add_adapters(x, out, kept, ENTRY, cases[0].columns)
 
     step()  # compiles
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
     for case in cases:
-        plan.refill(case.batch)
+        kept.refill(case.batch)
         x.copy_(case.x)
         out.copy_(case.out)
         arena[: len(case.batch.arena)] = case.batch.arena

@@ -5,46 +5,33 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels.adapted_plan import AdaptedPlan
-from sharelora_serve.kernels.batch import PAGE_RANK
+from sharelora_serve.kernels.batch import PAGE_RANK, AdapterBatch
 
 _GATHERED_ROWS = 64  # rows whose pages are copied together
 
 
 def add_adapters(
-    x: Tensor,
-    out: Tensor,
-    plan: AdaptedPlan,
-    arena: Tensor,
-    entry: int,
-    columns: tuple[int, ...],
+    x: Tensor, out: Tensor, batch: AdapterBatch, entry: int, columns: tuple[int, ...]
 ) -> None:
-    """out[t, module] += scaling * B A x[t], every row with its own pages (arXiv 2106.09685).
-
-    x        (num_tokens, in_features)
-    out      (num_tokens, columns[-1] or more)
-    arena    the pool's memory; page p of width f starts at element p * 8 * f
-    entry    of the page table, of the first module whose outputs stand in `out`
-    columns  (num_modules + 1,), where the outputs of each begin
-    """
+    """See triton_adapted."""
     width = x.shape[1]
-    places = torch.arange(plan.max_pages, device=x.device)
+    places = torch.arange(batch.max_pages, device=x.device)
     for rows, result, adapters in zip(
         x.split(_GATHERED_ROWS),
         out.split(_GATHERED_ROWS),
-        plan.row_adapter.long().split(_GATHERED_ROWS),
+        batch.row_adapter.long().split(_GATHERED_ROWS),
         strict=True,
     ):
         for module, (column, end) in enumerate(pairwise(columns)):
-            begin, stop = plan.offsets[adapters, entry + module : entry + module + 2].unbind(1)
+            begin, stop = batch.offsets[adapters, entry + module : entry + module + 2].unbind(1)
             index = begin.unsqueeze(1) + places
             is_there = index < stop.unsqueeze(1)
             index = torch.where(is_there, index, 0).long()
             a, b = (
-                _pages(arena, torch.where(is_there, pages[index], 0), features)
-                for pages, features in ((plan.a_pages, width), (plan.b_pages, end - column))
+                _pages(batch.arena, torch.where(is_there, pages[index], 0), features)
+                for pages, features in ((batch.a_pages, width), (batch.b_pages, end - column))
             )
-            scaling = torch.where(is_there, plan.scaling[index], 0.0)
+            scaling = torch.where(is_there, batch.scaling[index], 0.0)
             inner = torch.bmm(a, rows.float().unsqueeze(2)).squeeze(2)
             inner = inner * scaling.repeat_interleave(PAGE_RANK, dim=1)
             result[:, column:end] += torch.bmm(inner.unsqueeze(1), b).squeeze(1)
