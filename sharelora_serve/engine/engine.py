@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sharelora_serve.adapters.cache import AdapterCache
+from sharelora_serve.engine.batch import Batch, ScheduledRequest
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.merger import Merger
 from sharelora_serve.engine.request import (
@@ -22,7 +23,7 @@ from sharelora_serve.engine.request import (
 )
 from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.sampler import SampledToken, Sampler
-from sharelora_serve.engine.scheduler import Batch, ScheduledRequest, Scheduler
+from sharelora_serve.engine.scheduler import Scheduler
 from sharelora_serve.errors import (
     ContextLengthError,
     EngineStoppedError,

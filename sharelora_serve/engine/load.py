@@ -24,6 +24,7 @@ from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.adapters.residency import Waiting
 from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.config import ServeConfig
+from sharelora_serve.engine.batch import ScheduledRequest
 from sharelora_serve.engine.device import (
     choose_device,
     choose_dtype,
@@ -38,7 +39,7 @@ from sharelora_serve.engine.merger import Merger
 from sharelora_serve.engine.request import Request, RequestOutput, SamplingParams
 from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.sampler import Sampler
-from sharelora_serve.engine.scheduler import ScheduledRequest, Scheduler
+from sharelora_serve.engine.scheduler import Scheduler
 from sharelora_serve.errors import ConfigurationError, ModelNotFoundError, UnsupportedModelError
 from sharelora_serve.kernels.cpu import CpuKernels
 from sharelora_serve.kernels.interface import Kernels

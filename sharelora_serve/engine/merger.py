@@ -11,9 +11,9 @@ import torch
 
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, PageTable
 from sharelora_serve.adapters.residency import Waiting
+from sharelora_serve.engine.batch import ScheduledRequest
 from sharelora_serve.engine.merge_policy import Merge, MergePolicy, Unmerge
 from sharelora_serve.engine.runner import Runner
-from sharelora_serve.engine.scheduler import ScheduledRequest
 from sharelora_serve.errors import ConfigurationError, UnsupportedModelError
 from sharelora_serve.models.loader import ModelWeights
 from sharelora_serve.priority import lower_priority

@@ -99,6 +99,13 @@ class Request:
     finish_reason: FinishReason | None = None
 
     @property
+    def client(self) -> str:
+        """Between whom the scheduler is fair: tenants, or adapters where nobody has a key."""
+        if self.tenant is not None:
+            return self.tenant
+        return "" if self.adapter is None else self.adapter.name
+
+    @property
     def num_tokens(self) -> int:
         """Prompt and output tokens so far."""
         return len(self.prompt_ids) + len(self.output_ids)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
+from sharelora_serve.engine.batch import ScheduledRequest
 from sharelora_serve.engine.merge import subtract_pages
 from sharelora_serve.engine.request import Request
-from sharelora_serve.engine.scheduler import ScheduledRequest
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
 from sharelora_serve.models.decoder import Decoder
 from sharelora_serve.models.loader import ModelWeights

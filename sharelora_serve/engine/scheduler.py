@@ -1,22 +1,24 @@
 """What the next forward pass computes: admission, prefill chunks, preemption, in plain integers."""
 
-from bisect import insort
+from collections import Counter
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Protocol
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
 from sharelora_serve.adapters.residency import Waiting
+from sharelora_serve.engine.batch import Batch, FailedRequest, ScheduledRequest
+from sharelora_serve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, Entry, FairQueue
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.request import Request
 from sharelora_serve.errors import ServeError
 
-# How many requests may be admitted past one whose adapter finds no room. Enough that requests with
-# resident adapters fill the batch meanwhile, and few enough that the wait stays within a second or
-# so of theirs.
-MAX_OVERTAKEN = 16
-
 # How many waiting requests one step looks at: bounds its cost when thousands wait for adapters.
 LOOK_AHEAD = 64
+
+# How many times what another client was served is so much more that streams may be paused or
+# preempted for the other. Less would have clients that are served alike disturb each other.
+_FAR_MORE = 2
 
 # For how many distinct adapters of queued requests, besides those asked for in the step itself,
 # loading is started. More would only push out adapters that are still in use.
@@ -46,57 +48,18 @@ class AdapterSource(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class ScheduledRequest:
-    """Tokens at positions request.num_computed to request.num_computed + num_tokens.
-
-    Valid until Scheduler.complete, which moves num_computed on.
-    """
-
-    request: Request
-    num_tokens: int
-
-    @property
-    def needs_logits(self) -> bool:
-        """Whether the chunk reaches the request's last token, so that the next one is sampled."""
-        return self.num_tokens == self.request.num_uncomputed
-
-
-@dataclass(frozen=True, slots=True)
-class FailedRequest:
-    """A request that left the queue because its adapter cannot be had."""
-
-    request: Request
-    error: ServeError
-
-
 @dataclass(slots=True)
-class Batch:
-    """One step's work. Rows of one adapter stand together, the base's first.
+class _Admission:
+    """What one step has found out about waiting requests.
 
-    `scheduled` is empty when all that happened is that requests failed.
+    asked      by the key of an adapter, why it is not there
+    overtaken  requests that have been passed for lack of room
     """
 
-    scheduled: list[ScheduledRequest] = field(default_factory=list)
-    failed: list[FailedRequest] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the forward pass."""
-        return sum(scheduled.num_tokens for scheduled in self.scheduled)
-
-
-@dataclass(slots=True, eq=False)
-class _Entry:
-    """A request in the scheduler's hands."""
-
-    request: Request
-    order: int  # of arrival
-    num_overtaken: int = 0  # requests admitted past it for lack of room for its adapter
-
-    @property
-    def must_be_next(self) -> bool:
-        return self.num_overtaken >= MAX_OVERTAKEN
+    batch: Batch
+    is_open: bool  # whether any more may be admitted
+    asked: dict[str, Waiting] = field(default_factory=dict)
+    overtaken: list[Entry] = field(default_factory=list)
 
 
 class Scheduler:
@@ -124,9 +87,9 @@ class Scheduler:
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
         self._prefill_chunk = prefill_chunk
-        self._entries: dict[str, _Entry] = {}
-        self._waiting: list[_Entry] = []  # in order of arrival, after those that were preempted
-        self._running: list[_Entry] = []  # in order of arrival
+        self._entries: dict[str, Entry] = {}
+        self._waiting = FairQueue()
+        self._running: list[Entry] = []
         self._asked: dict[str, AdapterVersion] = {}  # by key: waited for or prefetched
         self._num_arrived = 0
         self.num_preemptions = 0  # since the start
@@ -150,7 +113,7 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a request. It must fit kv_cache.max_tokens, prompt and answer together."""
         assert request.request_id not in self._entries, f"{request.request_id} is here already"
-        entry = _Entry(request, self._num_arrived)
+        entry = Entry(request, self._num_arrived)
         self._num_arrived += 1
         self._entries[request.request_id] = entry
         self._waiting.append(entry)
@@ -170,26 +133,33 @@ class Scheduler:
         """Choose the tokens of the next forward pass, or None when nothing can run.
 
         Every running request that decodes gets its one token. Prompts are computed in chunks with
-        what is left of `max_batch_tokens`: running requests first, then waiting ones, each in
-        order of arrival. While any request decodes, prompt chunks take `prefill_chunk` tokens
+        what is left of `max_batch_tokens`, those of running and of waiting requests in the order
+        of the FairQueue. While any request decodes, prompt chunks take `prefill_chunk` tokens
         together at most, so a long prompt never stalls a stream.
 
         A waiting request is admitted when a place is free, its adapter's pages are there, and so
         are KV blocks for all its tokens besides those that running requests still need for their
-        prompts and next tokens. Blocks are waited for in order of arrival. Adapters are not:
+        prompts and next tokens. Places and blocks are waited for in order. Adapters are not:
         while one loads, requests behind pass. When one finds no room, at most MAX_OVERTAKEN pass,
         then nobody until it is admitted. An adapter that cannot be had fails its request alone.
 
-        When KV blocks run out, the running request that arrived last is preempted, be it the one
-        that needs them: it gives up its blocks and its adapter, is queued before all others, and
-        is computed again later, output included. So the first to arrive always moves on. A step
-        that preempts admits nobody.
+        A preempted request gives up its blocks and its adapter, is queued before all others of
+        its client, and is computed again later, output included. When KV blocks run out, it is
+        the running request whose turn comes last, be it the one that needs them: so the first in
+        turn always moves on. A step in which a stream needs that admits nobody. When a place or blocks
+        are lacking, it is the last one of a client that runs more requests, and has been served
+        more, than the client of the one that waits.
+
+        A prompt that is first in turn and needs a little more than its chunk to be complete gets
+        the tokens of streams whose clients were served far more: they pause for the step.
         """
         batch = Batch()
-        num_running = len(self._running)
-        num_prompt_tokens_left = self._schedule_running(batch)
-        if len(self._running) == num_running:
-            self._admit(batch, num_prompt_tokens_left)
+        num_preemptions = self.num_preemptions
+        num_decodes = self._schedule_decodes(batch)
+        num_left = self._max_batch_tokens - num_decodes
+        if num_decodes:
+            num_left = min(num_left, self._prefill_chunk)
+        self._schedule_prompts(batch, num_left, may_admit=self.num_preemptions == num_preemptions)
         batch.scheduled.sort(key=_adapter_key)
         return batch if batch.scheduled or batch.failed else None
 
@@ -201,73 +171,156 @@ class Scheduler:
         for scheduled in batch.scheduled:
             request = scheduled.request
             if request.block_table:
+                if scheduled.needs_logits:
+                    self._waiting.charge(request.client, OUTPUT_WEIGHT)
                 request.num_computed += scheduled.num_tokens
                 self._kv_cache.commit(request)
 
-    def _schedule_running(self, batch: Batch) -> int:
-        """Give running requests their tokens; return the prompt tokens left for waiting ones."""
-        num_decodes = sum(entry.request.num_uncomputed == 1 for entry in self._running)
-        num_left = self._max_batch_tokens - num_decodes
-        if num_decodes:
-            num_left = min(num_left, self._prefill_chunk)
-        index = 0
-        while index < len(self._running):  # preemption takes from the end
-            entry = self._running[index]
-            decodes = entry.request.num_uncomputed == 1
-            num_tokens = 1 if decodes else min(num_left, entry.request.num_uncomputed)
-            if num_tokens and self._make_room(entry, num_tokens):
-                batch.scheduled.append(ScheduledRequest(entry.request, num_tokens))
-                num_left -= 0 if decodes else num_tokens
-            index += 1
-        return num_left
+    def _schedule_decodes(self, batch: Batch) -> int:
+        """Give every running request that decodes its token; return how many there are."""
+        decoding = [entry for entry in self._running if entry.request.num_uncomputed == 1]
+        for entry in sorted(decoding, key=self._waiting.rank):
+            if entry.is_running and self._make_room(entry, 1, batch):
+                batch.scheduled.append(ScheduledRequest(entry.request, 1))
+        return len(batch.scheduled)
 
-    def _make_room(self, entry: _Entry, num_tokens: int) -> bool:
-        """Give the request KV blocks, preempting from the end; False when it was itself last."""
+    def _make_room(self, entry: Entry, num_tokens: int, batch: Batch) -> bool:
+        """Give the request KV blocks, preempting others; False when its own turn was the last."""
         while not self._kv_cache.grow(entry.request, num_tokens):
             assert len(self._running) > 1, f"{entry.request.request_id} exceeds the KV cache"
-            last = self._running.pop()
-            self.num_preemptions += 1
-            self._give_back(last.request)
-            self._waiting.insert(0, last)
+            last = max(self._running, key=self._waiting.rank)
+            self._preempt(last, batch)
             if last is entry:
                 return False
         return True
 
-    def _admit(self, batch: Batch, num_tokens_left: int) -> None:
-        """Move waiting requests into the batch while prompt tokens, places and blocks last."""
-        asked: dict[str, Waiting] = {}  # one answer per adapter and step
-        overtaken: list[_Entry] = []
-        for entry in self._waiting[:LOOK_AHEAD]:
-            if any(passed.must_be_next for passed in overtaken):
+    def _preempt(self, entry: Entry, batch: Batch) -> None:
+        """Queue a running request again, and take it out of the step."""
+        self.num_preemptions += 1
+        self._running.remove(entry)
+        batch.scheduled = [item for item in batch.scheduled if item.request is not entry.request]
+        self._give_back(entry.request)
+        self._waiting.put_back(entry)
+
+    def _schedule_prompts(self, batch: Batch, num_left: int, *, may_admit: bool) -> None:
+        """Spend the prompt tokens that are left, and admit while places and blocks last too."""
+        admission = _Admission(batch, is_open=may_admit)
+        started = [entry for entry in self._running if entry.request.num_uncomputed > 1]
+        first: ScheduledRequest | None = None
+        for entry in islice(self._waiting.in_order(started), LOOK_AHEAD + len(started)):
+            if num_left == 0:
                 break
-            if num_tokens_left == 0 or len(self._running) == self._max_running:
-                break
+            if not entry.is_running and not self._admit(entry, admission):
+                continue
             request = entry.request
-            if not self._kv_cache.can_start(request, self._num_reserved_blocks()):
-                break
-            if request.adapter is not None:
-                pages: PageTable | Waiting | None = asked.get(request.adapter.key)
-                try:
-                    if pages is None:
-                        pages = self._acquire(request.adapter)
-                except ServeError as error:
-                    self._remove(entry)
-                    batch.failed.append(FailedRequest(request, error))
-                    continue
-                if isinstance(pages, Waiting):
-                    asked[request.adapter.key] = pages
-                    if pages is Waiting.NO_ROOM or entry.must_be_next:
-                        overtaken.append(entry)
-                    continue
-                request.page_table = pages
-            for passed in overtaken:
-                passed.num_overtaken += 1
-            entry.num_overtaken = 0
-            self._waiting.remove(entry)
-            insort(self._running, entry, key=_order)
-            num_tokens_left -= self._start(request, num_tokens_left, batch)
-        self.lacks_room = Waiting.NO_ROOM in asked.values()
-        self._load_ahead(asked)
+            num_tokens = min(num_left, request.num_uncomputed)
+            if self._make_room(entry, num_tokens, batch):
+                chunk = ScheduledRequest(request, num_tokens)
+                first = first or chunk
+                batch.scheduled.append(chunk)
+                num_left -= num_tokens
+                self._charge_prompt(chunk)
+        if first is not None and first in batch.scheduled and not first.needs_logits:
+            self._pause_for(first, batch)
+        self.lacks_room = Waiting.NO_ROOM in admission.asked.values()
+        self._load_ahead(admission.asked)
+
+    def _admit(self, entry: Entry, admission: _Admission) -> bool:
+        """Move a waiting request to the running ones, if it may go now; it has no blocks yet."""
+        request = entry.request
+        is_barred = any(passed.must_be_next for passed in admission.overtaken)
+        if is_barred or not (self._has_room(request) or self._makes_way(request)):
+            admission.is_open = False
+        if not admission.is_open or not self._take_adapter(entry, admission):
+            return False
+        while not self._has_room(request):
+            last = self._makes_way(request)
+            if last is None:
+                self._give_back(request)
+                admission.is_open = False
+                return False
+            self._preempt(last, admission.batch)
+        for passed in admission.overtaken:
+            passed.num_overtaken += 1
+        entry.num_overtaken = 0
+        self._waiting.remove(entry)
+        self._running.append(entry)
+        admission.batch.admitted.append(request)
+        self._kv_cache.match_prefix(request)
+        return True
+
+    def _has_room(self, request: Request) -> bool:
+        """Whether a place is free, and blocks besides those that running requests need next."""
+        if len(self._running) == self._max_running:
+            return False
+        num_reserved = sum(
+            self._kv_cache.num_missing_blocks(entry.request, entry.request.num_tokens + 1)
+            for entry in self._running
+        )
+        return self._kv_cache.can_start(request, num_reserved)
+
+    def _makes_way(self, request: Request) -> Entry | None:
+        """The running request to preempt for a waiting one; see `schedule`."""
+        num_running = Counter(entry.request.client for entry in self._running)
+        least = num_running[request.client] + 2  # one fewer must not be less than one more
+        return max(
+            (
+                entry
+                for entry in self._running
+                if num_running[entry.request.client] >= least
+                and self._had_far_more(entry.request, request)
+            ),
+            key=self._waiting.rank,
+            default=None,
+        )
+
+    def _had_far_more(self, request: Request, other: Request) -> bool:
+        served = self._waiting.served
+        return served(request.client) > _FAR_MORE * served(other.client)
+
+    def _take_adapter(self, entry: Entry, admission: _Admission) -> bool:
+        """Give a waiting request its adapter's pages, if they are there."""
+        adapter = entry.request.adapter
+        if adapter is None:
+            return True
+        pages: PageTable | Waiting | None = admission.asked.get(adapter.key)
+        try:
+            if pages is None:
+                pages = self._acquire(adapter)
+        except ServeError as error:
+            self._remove(entry)
+            admission.batch.failed.append(FailedRequest(entry.request, error))
+            return False
+        if isinstance(pages, Waiting):
+            admission.asked[adapter.key] = pages
+            if pages is Waiting.NO_ROOM or entry.must_be_next:
+                admission.overtaken.append(entry)
+            return False
+        entry.request.page_table = pages
+        return True
+
+    def _charge_prompt(self, chunk: ScheduledRequest) -> None:
+        """Count a chunk as served, unless it was counted before its request was preempted."""
+        if not chunk.request.output_ids:
+            self._waiting.charge(chunk.request.client, PROMPT_WEIGHT * chunk.num_tokens)
+
+    def _pause_for(self, first: ScheduledRequest, batch: Batch) -> None:
+        """Complete a prompt with the tokens of streams whose clients were served far more."""
+        request = first.request
+        paused = [
+            item
+            for item in batch.scheduled
+            if item.request.num_uncomputed == 1 and self._had_far_more(item.request, request)
+        ]
+        num_tokens = request.num_uncomputed
+        if num_tokens - first.num_tokens > len(paused):
+            return
+        if not self._kv_cache.grow(request, num_tokens):
+            return
+        rest = [item for item in batch.scheduled if item not in paused and item is not first]
+        batch.scheduled = [*rest, ScheduledRequest(request, num_tokens)]
+        if not request.output_ids:
+            self._waiting.charge(request.client, PROMPT_WEIGHT * (num_tokens - first.num_tokens))
 
     def _acquire(self, version: AdapterVersion) -> PageTable | Waiting:
         self._asked.pop(version.key, None)
@@ -276,22 +329,6 @@ class Scheduler:
             self._asked[version.key] = version
         return pages
 
-    def _start(self, request: Request, max_tokens: int, batch: Batch) -> int:
-        """Take the blocks of an admitted request and schedule its first chunk; its tokens."""
-        self._kv_cache.match_prefix(request)
-        num_tokens = min(max_tokens, request.num_uncomputed)
-        has_blocks = self._kv_cache.grow(request, num_tokens)
-        assert has_blocks, f"{request.request_id} was admitted without blocks"
-        batch.scheduled.append(ScheduledRequest(request, num_tokens))
-        return num_tokens
-
-    def _num_reserved_blocks(self) -> int:
-        """Blocks that running requests still need for the tokens they have and the next one."""
-        return sum(
-            self._kv_cache.num_missing_blocks(entry.request, entry.request.num_tokens + 1)
-            for entry in self._running
-        )
-
     def _load_ahead(self, asked: dict[str, Waiting]) -> None:
         """Have the adapters loaded that the next waiting requests will need.
 
@@ -299,7 +336,7 @@ class Scheduler:
         """
         seen: set[str] = set()
         num_prefetched = 0
-        for entry in self._waiting[:LOOK_AHEAD]:
+        for entry in islice(self._waiting.in_order(), LOOK_AHEAD):
             version = entry.request.adapter
             if version is not None and version.key not in seen:
                 seen.add(version.key)
@@ -312,19 +349,19 @@ class Scheduler:
                     self._adapters.cancel(self._asked.pop(key))
                 break
 
-    def _remove(self, entry: _Entry) -> None:
+    def _remove(self, entry: Entry) -> None:
         """Forget a request and give back all it holds."""
         del self._entries[entry.request.request_id]
-        if entry in self._running:
+        if entry.is_running:
             self._running.remove(entry)
             self._give_back(entry.request)
             return
         self._waiting.remove(entry)
         version = entry.request.adapter
-        if version is not None and version.key in self._asked:
-            keys = {_key(other.request) for other in self._waiting}
-            if version.key not in keys:
-                self._adapters.cancel(self._asked.pop(version.key))
+        if version is None or version.key not in self._asked:
+            return
+        if not self._waiting.waits_for(version.key):
+            self._adapters.cancel(self._asked.pop(version.key))
 
     def _give_back(self, request: Request) -> None:
         """Release a running request's blocks and adapter."""
@@ -334,13 +371,6 @@ class Scheduler:
             self._adapters.release(request.adapter)
 
 
-def _order(entry: _Entry) -> int:
-    return entry.order
-
-
-def _key(request: Request) -> str:
-    return request.adapter.key if request.adapter is not None else ""  # sorts first
-
-
 def _adapter_key(scheduled: ScheduledRequest) -> str:
-    return _key(scheduled.request)
+    adapter = scheduled.request.adapter
+    return adapter.key if adapter is not None else ""  # sorts first

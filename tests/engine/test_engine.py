@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter
+from sharelora_serve.engine.batch import ScheduledRequest
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.request import FinishReason, Request, RequestOutput, SamplingParams
-from sharelora_serve.engine.scheduler import ScheduledRequest
 from sharelora_serve.errors import (
     AdapterUnavailableError,
     ContextLengthError,

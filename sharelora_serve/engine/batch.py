@@ -1,0 +1,48 @@
+"""What one step computes, as the scheduler hands it on."""
+
+from dataclasses import dataclass, field
+
+from sharelora_serve.engine.request import Request
+from sharelora_serve.errors import ServeError
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledRequest:
+    """Tokens at positions request.num_computed to request.num_computed + num_tokens.
+
+    Valid until Scheduler.complete, which moves num_computed on.
+    """
+
+    request: Request
+    num_tokens: int
+
+    @property
+    def needs_logits(self) -> bool:
+        """Whether the chunk reaches the request's last token, so that the next one is sampled."""
+        return self.num_tokens == self.request.num_uncomputed
+
+
+@dataclass(frozen=True, slots=True)
+class FailedRequest:
+    """A request that left the queue because its adapter cannot be had."""
+
+    request: Request
+    error: ServeError
+
+
+@dataclass(slots=True)
+class Batch:
+    """One step's work. Rows of one adapter stand together, the base's first.
+
+    scheduled  empty when all that happened is that requests failed
+    admitted   requests of `scheduled` that left the queue in this step
+    """
+
+    scheduled: list[ScheduledRequest] = field(default_factory=list)
+    failed: list[FailedRequest] = field(default_factory=list)
+    admitted: list[Request] = field(default_factory=list)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the forward pass."""
+        return sum(scheduled.num_tokens for scheduled in self.scheduled)

@@ -1,0 +1,141 @@
+"""Whose turn it is: waiting requests in the order of what their clients have been served.
+
+The virtual token counter of "Fairness in Serving Large Language Models" (arXiv 2401.00588): every
+client has a counter of the tokens computed for it, and the client with the least goes first. There
+a client that comes back is lifted to the least counter of those that wait, so that nobody saves up
+for a burst. Here counters fade instead, which bounds what is saved up too, and in addition
+remembers for a while who has had much: a client that asks now and then stays ahead of one that
+never stops.
+"""
+
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from heapq import heapify, heappop, heappush
+
+from sharelora_serve.engine.request import Request
+
+# What a prompt token and a new token count, as in the paper.
+PROMPT_WEIGHT = 1
+OUTPUT_WEIGHT = 2
+
+# How many requests may be admitted past one whose adapter finds no room. Enough that requests with
+# resident adapters fill the batch meanwhile, and few enough that the wait stays within a second or
+# so of theirs.
+MAX_OVERTAKEN = 16
+
+# A counter fades to half while so many weighted tokens are computed, for whomever: a few times
+# what a full batch of short requests comes to.
+_HALF_LIFE = 16384
+
+_MAX_SCALE = 1e30
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """A request in the scheduler's hands."""
+
+    request: Request
+    order: int  # of arrival
+    num_overtaken: int = 0  # requests admitted past it for lack of room for its adapter
+
+    @property
+    def must_be_next(self) -> bool:
+        """Whether nobody may be admitted before it any more."""
+        return self.num_overtaken >= MAX_OVERTAKEN
+
+    @property
+    def is_running(self) -> bool:
+        """Whether it holds KV blocks and its adapter's pages."""
+        return bool(self.request.block_table)
+
+
+class FairQueue:
+    """Waiting requests, a line for each client, and what every client has been served."""
+
+    def __init__(self) -> None:
+        """Nobody waits, and nobody was served anything."""
+        self._lines: dict[str, deque[Entry]] = {}  # none is empty
+        self._num_waiting = 0
+        self._served: dict[str, float] = {}  # weighted tokens times the scale they were added at
+        self._scale = 1.0  # grows instead of all counters fading
+
+    def __len__(self) -> int:
+        """Requests that wait."""
+        return self._num_waiting
+
+    def append(self, entry: Entry) -> None:
+        """Put a new request at the end of its client's line."""
+        self._lines.setdefault(entry.request.client, deque()).append(entry)
+        self._num_waiting += 1
+
+    def put_back(self, entry: Entry) -> None:
+        """Put a request that was preempted at the head of its client's line."""
+        self._lines.setdefault(entry.request.client, deque()).appendleft(entry)
+        self._num_waiting += 1
+
+    def remove(self, entry: Entry) -> None:
+        """Take a request out, wherever it stands."""
+        line = self._lines[entry.request.client]
+        line.remove(entry)
+        self._num_waiting -= 1
+        if not line:
+            del self._lines[entry.request.client]
+
+    def waits_for(self, key: str) -> bool:
+        """Whether some request here is for the adapter of a key."""
+        return any(
+            entry.request.adapter is not None and entry.request.adapter.key == key
+            for line in self._lines.values()
+            for entry in line
+        )
+
+    def charge(self, client: str, weighted_tokens: float) -> None:
+        """Count tokens as computed for a client."""
+        self._served[client] = self._served.get(client, 0.0) + weighted_tokens * self._scale
+        self._scale *= 2 ** (weighted_tokens / _HALF_LIFE)
+        if self._scale > _MAX_SCALE:
+            # What has faded to less than a token is forgotten, and with it who asked once.
+            self._served = {
+                client: served / self._scale
+                for client, served in self._served.items()
+                if served >= self._scale
+            }
+            self._scale = 1.0
+
+    def served(self, client: str) -> float:
+        """What a client has had, to be compared with what another has had at the same moment."""
+        return self._served.get(client, 0.0)
+
+    def rank(self, entry: Entry) -> tuple[float, int]:
+        """Sorts requests by whose turn it is, the first one first."""
+        return self.served(entry.request.client), entry.order
+
+    def in_order(self, started: Iterable[Entry] = ()) -> Iterator[Entry]:
+        """Everyone whose prompt is to be computed, the one whose turn it is first.
+
+        First come those that must be next, then heads of lines: that of the client which has been
+        served least by then, so `charge` has its effect on what follows. `started` are prompts of
+        running requests, each ahead of its client's line. Entries may be removed meanwhile.
+        """
+        lines = {client: deque(line) for client, line in self._lines.items()}
+        for line in list(lines.values()):
+            for entry in [entry for entry in line if entry.must_be_next]:
+                line.remove(entry)
+                yield entry
+        for entry in sorted(started, key=_order, reverse=True):
+            lines.setdefault(entry.request.client, deque()).appendleft(entry)
+        heads = [
+            (self.served(client), line[0].order, client) for client, line in lines.items() if line
+        ]
+        heapify(heads)
+        while heads:
+            _, _, client = heappop(heads)
+            line = lines[client]
+            yield line.popleft()
+            if line:
+                heappush(heads, (self.served(client), line[0].order, client))
+
+
+def _order(entry: Entry) -> int:
+    return entry.order

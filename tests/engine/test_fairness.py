@@ -1,0 +1,150 @@
+"""Clients that ask for more than their share, and what the others notice."""
+
+import random
+
+import pytest
+
+from sharelora_serve.engine import fair_queue
+from sharelora_serve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
+from sharelora_serve.engine.request import Request
+from tests.engine.rig import A, B, Rig, Shelf, alone
+
+
+def client_tokens(rig: Rig, client: str) -> int:
+    return sum(
+        PROMPT_WEIGHT * min(request.num_computed, len(request.prompt_ids))
+        + OUTPUT_WEIGHT * len(request.output_ids)
+        for request in rig.requests
+        if request.client == client
+    )
+
+
+def test_clients_that_always_ask_are_served_the_same_whatever_they_ask_for() -> None:
+    rig = Rig(num_blocks=300, max_running=4, max_batch_tokens=64)
+    lengths = random.Random()
+    for client, prompt, new in (("short", 3, 2), ("long", 20, 12), ("mixed", 0, 0)):
+        for _ in range(100):
+            tokens = (prompt or lengths.randint(1, 25), new or lengths.randint(1, 15))
+            rig.add(tokens[0], max_tokens=tokens[1], tenant=client)
+    for _ in range(150):
+        rig.step()
+    assert rig.scheduler.num_waiting > 100
+    served = [client_tokens(rig, client) for client in ("short", "long", "mixed")]
+    # Four of them run at once, and each is at most 25 + 2 * 15 tokens.
+    assert max(served) - min(served) <= 4 * 55, served
+
+
+def test_who_asks_now_and_then_goes_before_who_never_stops() -> None:
+    rig = Rig(max_running=2)
+    for _ in range(20):
+        rig.add(4, tenant="flood")
+    for _ in range(12):
+        rig.step()
+    for _ in range(3):
+        request = rig.add(4, tenant="quiet")
+        num_waiting = rig.scheduler.num_waiting
+        while not request.block_table:
+            rig.step()
+            assert rig.scheduler.num_waiting >= num_waiting - 1, "somebody went before"
+        rig.run(until=request)
+
+
+def test_adapters_are_the_clients_where_nobody_has_a_key() -> None:
+    rig = Rig(max_running=1, shelf=Shelf())
+    for _ in range(5):
+        rig.add(4, A, tenant=None)
+    rig.step()
+    other = rig.add(4, B, tenant=None)
+    base = rig.add(4, tenant=None)
+    rig.run(until=other)
+    rig.run(until=base)
+    assert len(rig.finished) == 3
+
+
+def test_a_request_of_who_runs_much_and_had_much_makes_way() -> None:
+    rig = Rig(max_running=4, max_batch_tokens=64)
+    flood = [rig.add(4, tenant="flood", max_tokens=30) for _ in range(6)]
+    for _ in range(10):
+        rig.step()
+    quiet = rig.add(6, tenant="quiet")
+    step = rig.step()
+    assert step is not None
+    assert quiet in step
+    assert rig.scheduler.num_preemptions == 1
+    assert [bool(request.block_table) for request in flood] == [True] * 3 + [False] * 3
+    rig.run()
+    assert all(request.output_ids == alone(request) for request in rig.requests)
+
+
+def test_blocks_are_made_free_for_who_had_little() -> None:
+    rig = Rig(num_blocks=17, max_batch_tokens=64)  # 16 usable
+    for _ in range(5):
+        rig.add(4, tenant="flood", max_tokens=12)
+    for _ in range(7):
+        rig.step()
+    quiet = rig.add(20, tenant="quiet", max_tokens=2)
+    rig.step()
+    assert quiet.block_table
+    assert rig.scheduler.num_preemptions > 0
+    rig.run()
+    assert rig.finished == set(rig.requests)
+
+
+def test_nobody_makes_way_for_who_was_served_alike() -> None:
+    rig = Rig(max_running=4, max_batch_tokens=64)
+    for _ in range(4):
+        rig.add(4, tenant="one", max_tokens=30)
+    rig.add(4, tenant="other", max_tokens=30)
+    rig.scheduler._waiting.charge("other", 50)
+    rig.step()
+    waiting = rig.add(4, tenant="other")
+    for _ in range(5):
+        rig.step()
+    assert not waiting.block_table
+    assert rig.scheduler.num_preemptions == 0
+
+
+def start_streams(rig: Rig, num_streams: int) -> list[Request]:
+    streams = [rig.add(2, tenant="flood", max_tokens=40) for _ in range(num_streams)]
+    for _ in range(5):
+        rig.step()
+    return streams
+
+
+@pytest.mark.parametrize(("num_tokens", "pauses"), [(8, False), (9, True), (14, True), (15, False)])
+def test_streams_pause_for_a_prompt_that_their_tokens_complete(
+    num_tokens: int, pauses: bool
+) -> None:
+    rig = Rig(prefill_chunk=8)
+    streams = start_streams(rig, 6)
+    quiet = rig.add(num_tokens, tenant="quiet")
+    step = rig.step()
+    assert step is not None
+    assert step[quiet] == (num_tokens if num_tokens < 15 else 8)
+    assert [stream in step for stream in streams] == [not pauses] * 6
+    step = rig.step()
+    assert step is not None
+    assert all(stream in step for stream in streams)
+
+
+def test_streams_of_the_same_client_never_pause() -> None:
+    rig = Rig(prefill_chunk=8)
+    streams = start_streams(rig, 6)
+    rig.add(12, tenant="flood")
+    step = rig.step()
+    assert step is not None
+    assert all(stream in step for stream in streams)
+
+
+def test_counters_fade_and_the_forgotten_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fair_queue, "_HALF_LIFE", 100)
+    queue = FairQueue()
+    queue.charge("early", 1000)
+    queue.charge("late", 0.1)
+    for _ in range(30):
+        queue.charge("late", 100)
+    assert queue.served("late") > queue.served("early")
+    for _ in range(120):
+        queue.charge("other", 100)
+    assert queue.served("early") == queue.served("never seen") == 0
+    assert list(queue._served) == ["other"]
