@@ -1,8 +1,9 @@
-"""python -m loadtest COMMAND: measures a running server, or makes adapters to measure it with.
+"""python -m loadtest COMMAND: measures a server, or makes adapters to measure it with.
 
-uploads, reloads, tiers and merging check answers too: they print a table, and exit with 1 if an
-answer was wrong or a request failed. run plays a workload to any OpenAI-compatible server; the
-commands throughput, gaps, memory and pool print a line of JSON.
+run plays a workload to any OpenAI-compatible server that runs. uploads, reloads, tiers and merging
+check the answers of one: they print a table, and exit with 1 if an answer was wrong or a request
+failed. gaps, memory and pool print a line of JSON about it. compare, sweep, registered, flood and
+step start what they measure.
 """
 
 import json
@@ -188,47 +189,23 @@ def adapters(
 
 
 @app.command()
-def throughput(
-    url: Url = DEFAULT_URL,
-    base: Base = DEFAULT_BASE,
-    num_adapters: int = 0,
-    streams: int = 32,
-    requests: int = 64,
-    prompt_words: int = 32,
-    new_tokens: int = 64,
-) -> None:
-    """Closed loop: request i asks for adapter i modulo num-adapters, or for the base."""
-    _show(
-        quick.measure_throughput(
-            url,
-            base,
-            num_adapters=num_adapters,
-            num_streams=streams,
-            num_requests=requests,
-            prompt_words=prompt_words,
-            new_tokens=new_tokens,
-        )
-    )
-
-
-@app.command()
 def gaps(
     url: Url = DEFAULT_URL, base: Base = DEFAULT_BASE, streams: int = 8, prompt_words: int = 1500
 ) -> None:
     """Streams decode; a long prompt arrives: how long does any of them wait for its next token?"""
-    _show(quick.measure_gaps(url, base, streams, prompt_words))
+    _show(lambda: quick.measure_gaps(url, base, streams, prompt_words))
 
 
 @app.command()
 def memory(pid: int, url: Url = DEFAULT_URL, num_adapters: int = 50, requests: int = 2000) -> None:
     """Resident memory of process PID after a tenth of the requests and after all of them."""
-    _show(quick.measure_memory(pid, url, num_adapters, requests))
+    _show(lambda: quick.measure_memory(pid, url, num_adapters, requests))
 
 
 @app.command()
 def pool(url: Url = DEFAULT_URL) -> None:
     """What the server's metrics say of the adapters' memory."""
-    _show(quick.read_pool(url))
+    _show(lambda: quick.read_pool(url))
 
 
 @app.command()
@@ -355,8 +332,10 @@ def _one_message() -> Iterator[None]:
         raise typer.Exit(1) from None
 
 
-def _show(figures: quick.QuickFigures) -> None:
-    typer.echo(json.dumps(figures))
+def _show(measure: Callable[[], quick.QuickFigures]) -> None:
+    """Print what was measured as a line of JSON; exit with 1 if it could not be."""
+    with _one_message():
+        typer.echo(json.dumps(measure()))
 
 
 def _end(*_signal: object) -> None:

@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from loadtest.gguf_adapters import write_gguf
+from loadtest.workloads import adapter_name
 from sharelora_serve.adapters.layout import MODULES, BaseLayout
 from sharelora_serve.models.config import load_model_config
 from sharelora_serve.models.source import base_folder
@@ -60,9 +61,9 @@ def write_adapters(
     for number in range(count):
         rank = kind.ranks[number % len(kind.ranks)]
         a, b = _factors(number, rank, kind, layout)
-        _write(folder / f"t{number:03d}", a, b, rank, kind)
+        _write(folder / adapter_name(number), a, b, rank, kind)
         if gguf is not None:
-            write_gguf(gguf / f"t{number:03d}.gguf", a, b, rank, config)
+            write_gguf(gguf / f"{adapter_name(number)}.gguf", a, b, rank, config)
 
 
 def _factors(number: int, rank: int, kind: Kind, layout: BaseLayout) -> tuple[Factors, Factors]:

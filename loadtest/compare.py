@@ -32,9 +32,9 @@ class Plan:
     """
 
     peers: Path
-    rounds: int = 3
-    requests: int = 64
-    new_tokens: int = 64
+    rounds: int
+    requests: int
+    new_tokens: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,11 +29,11 @@ class Plan:
     flood  times its share that one of them sends in every other round
     """
 
-    tenants: int = 8
-    load: float = 0.5
-    flood: float = 10.0
-    rounds: int = 3
-    requests: int = 100
+    tenants: int
+    load: float
+    flood: float
+    rounds: int
+    requests: int
     prompt_words: int = 32
     new_tokens: int = 32
 

@@ -11,9 +11,9 @@ def table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     )
 
 
-def figure(value: float | None, digits: int = 3) -> str:
-    """To so many significant digits, such as 12.3, 0.00123 or 12300; a dash for None."""
+def figure(value: float | None) -> str:
+    """To three significant digits, such as 12.3, 0.00123 or 12300; a dash for None."""
     if value is None:
         return "-"
-    text = f"{value:.{digits}g}"
+    text = f"{value:.3g}"
     return f"{value:.0f}" if "e" in text and abs(value) >= 1 else text

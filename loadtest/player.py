@@ -12,6 +12,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from loadtest.client import Timeline, ask, make_client
 from loadtest.endpoint import Endpoint
+from loadtest.traffic import closed_loop
 from loadtest.workload import Request, Workload
 
 TOO_MANY_REQUESTS = 429
@@ -65,27 +66,18 @@ class Counts:
         )
 
 
-async def play(
+async def _play(
     url: str,
     endpoint: Endpoint,
     workload: Workload,
-    *,
-    num_streams: int | None = None,
-    keys: Mapping[str, str] | None = None,
-    counts: Counts | None = None,
+    num_streams: int | None,
+    keys: Mapping[str, str],
+    counts: Counts,
 ) -> list[Outcome]:
-    """Every request's outcome, in the order of the workload.
-
-    With `num_streams` it is a closed loop: each stream asks the next request once its last one is
-    over. Without, it is open: a request is sent at its arrival, whatever is running, and its
-    timeline begins when it was due. `keys` has the tenants' API keys. RuntimeError if the
-    workload has no arrivals for an open loop.
-    """
-    counts = counts or Counts()
     async with make_client(url, keeps_connections=endpoint.keeps_connections) as client:
-        player = _Player(client, endpoint, keys or {}, counts)
+        player = _Player(client, endpoint, keys, counts)
         if num_streams is not None:
-            return await player.closed(workload.requests, num_streams)
+            return await closed_loop(workload.requests, num_streams, player.ask)
         if not workload.has_arrivals:
             raise RuntimeError(f"{workload.name} has no arrivals: give a number of streams")
         return await player.open(workload.requests)
@@ -104,28 +96,17 @@ class _Player:
         self._keys = keys
         self._counts = counts
 
-    async def closed(self, requests: Sequence[Request], num_streams: int) -> list[Outcome]:
-        waiting = iter(enumerate(requests))
-        outcomes: dict[int, Outcome] = {}
-
-        async def ask_in_turn() -> None:
-            for number, request in waiting:
-                outcomes[number] = await self._ask(request)
-
-        await asyncio.gather(*(ask_in_turn() for _ in range(num_streams)))
-        return [outcomes[number] for number in range(len(requests))]
-
     async def open(self, requests: Sequence[Request]) -> list[Outcome]:
         start = time.perf_counter()
 
         async def ask_in_time(request: Request) -> Outcome:
             due_at = start + (request.arrival_seconds or 0.0)
             await asyncio.sleep(due_at - time.perf_counter())
-            return await self._ask(request, due_at)
+            return await self.ask(request, due_at)
 
         return await asyncio.gather(*map(ask_in_time, requests))
 
-    async def _ask(self, request: Request, due_at: float | None = None) -> Outcome:
+    async def ask(self, request: Request, due_at: float | None = None) -> Outcome:
         self._counts.running += 1
         timeline = await ask(
             self._client,
@@ -154,13 +135,20 @@ def play_showing(
     num_streams: int | None = None,
     keys: Mapping[str, str] | None = None,
 ) -> list[Outcome]:
-    """`play` with a live display on standard error, if that is a terminal."""
+    """Every request's outcome, in the order of the workload.
+
+    With `num_streams` it is a closed loop: each stream asks the next request once its last one is
+    over. Without, it is open: a request is sent at its arrival, whatever is running, and its
+    timeline begins when it was due. `keys` has the tenants' API keys. Shows live how it goes on
+    standard error, if that is a terminal. RuntimeError if the workload has no arrivals for an
+    open loop.
+    """
 
     async def run() -> list[Outcome]:
         counts = Counts()
         with _display(workload, counts) as refresh:
             playing = asyncio.create_task(
-                play(url, endpoint, workload, num_streams=num_streams, keys=keys, counts=counts)
+                _play(url, endpoint, workload, num_streams, keys or {}, counts)
             )
             while not playing.done():
                 await asyncio.wait([playing], timeout=1 / _SHOWN_PER_SECOND)

@@ -3,54 +3,18 @@
 import asyncio
 import random
 import statistics
-import time
 from itertools import pairwise
-from pathlib import Path
-
-import httpx
 
 from loadtest.client import Timeline, make_client, random_prompt, stream
+from loadtest.machine import resident_mib
+from loadtest.metrics import read_metrics
+from loadtest.traffic import closed_loop
+from loadtest.workloads import adapter_name
 
-QuickFigures = dict[str, float | None]
+QuickFigures = dict[str, float]
 
-
-def measure_throughput(
-    url: str,
-    base: str,
-    *,
-    num_adapters: int,
-    num_streams: int,
-    num_requests: int,
-    prompt_words: int,
-    new_tokens: int,
-) -> QuickFigures:
-    """Closed loop: request i asks for adapter i modulo num_adapters, or for the base."""
-    generator = random.Random(0)
-
-    async def run() -> tuple[list[Timeline], float]:
-        gate = asyncio.Semaphore(num_streams)
-        async with make_client(url) as client:
-
-            async def one(number: int, prompt: str) -> Timeline:
-                model = f"t{number % num_adapters:03d}" if num_adapters else base
-                async with gate:
-                    return await stream(client, model, prompt, new_tokens)
-
-            prompts = [random_prompt(prompt_words, generator) for _ in range(num_requests)]
-            start = time.perf_counter()
-            timelines = await asyncio.gather(*(one(i, p) for i, p in enumerate(prompts)))
-            return timelines, time.perf_counter() - start
-
-    timelines, seconds = asyncio.run(run())
-    gaps_seen = [gap for timeline in timelines for gap in timeline.gaps]
-    first = sorted(timeline.first_token_seconds for timeline in timelines)
-    return {
-        "adapters": num_adapters,
-        "streams": num_streams,
-        "tokens_per_second": round(num_requests * new_tokens / seconds, 1),
-        "first_token_p50_seconds": round(statistics.median(first), 3),
-        "time_per_token_ms": round(1000 * statistics.fmean(gaps_seen), 2) if gaps_seen else None,
-    }
+_POOL = ("sharelora_adapter_memory", "sharelora_adapter_dedupe", "sharelora_adapters_")
+_MEMORY_STREAMS = 16
 
 
 def measure_gaps(url: str, base: str, num_streams: int, prompt_words: int) -> QuickFigures:
@@ -94,18 +58,17 @@ def measure_memory(pid: int, url: str, num_adapters: int, num_requests: int) -> 
     generator = random.Random(0)
 
     async def run() -> tuple[float, float]:
-        gate = asyncio.Semaphore(16)
         async with make_client(url) as client:
 
             async def one(number: int) -> None:
-                async with gate:
-                    prompt = random_prompt(generator.randint(1, 60), generator)
-                    model = f"t{generator.randrange(num_adapters):03d}"
-                    await stream(client, model, prompt, 1 + number % 16)
+                prompt = random_prompt(generator.randint(1, 60), generator)
+                model = adapter_name(generator.randrange(num_adapters))
+                await stream(client, model, prompt, 1 + number % 16)
 
-            await asyncio.gather(*(one(i) for i in range(num_requests // 10)))
+            tenth = num_requests // 10
+            await closed_loop(range(tenth), _MEMORY_STREAMS, one)
             early = resident_mib(pid)
-            await asyncio.gather(*(one(i) for i in range(num_requests // 10, num_requests)))
+            await closed_loop(range(tenth, num_requests), _MEMORY_STREAMS, one)
             return early, resident_mib(pid)
 
     early, late = asyncio.run(run())
@@ -118,14 +81,9 @@ def measure_memory(pid: int, url: str, num_adapters: int, num_requests: int) -> 
 
 def read_pool(url: str) -> QuickFigures:
     """What the server's metrics say of the adapters' memory."""
-    text = httpx.get(f"{url}/metrics").text
-    wanted = ("sharelora_adapter_memory", "sharelora_adapter_dedupe", "sharelora_adapters_")
-    lines = [line.split(" ") for line in text.splitlines() if line.startswith(wanted)]
-    return {name: float(value) for name, value in lines}
 
+    async def run() -> QuickFigures:
+        async with make_client(url) as client:
+            return await read_metrics(client)
 
-def resident_mib(pid: int) -> float:
-    """Memory that a process has in RAM."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    line = next(line for line in status.splitlines() if line.startswith("VmRSS:"))
-    return int(line.split()[1]) / 1024
+    return {name: value for name, value in asyncio.run(run()).items() if name.startswith(_POOL)}

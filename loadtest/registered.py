@@ -27,11 +27,11 @@ class Plan:
     load  of the open loop, as a share of what the base can do in a closed one
     """
 
-    count: int = 2000
-    kind: Kind = Kind("A", (8,))  # noqa: RUF009 - frozen
-    load: float = 0.8
-    rounds: int = 3
-    requests: int = 200
+    count: int
+    kind: Kind
+    load: float
+    rounds: int
+    requests: int
     prompt_words: tuple[int, int] = (8, 64)
     new_tokens: tuple[int, int] = (8, 64)
 

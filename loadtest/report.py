@@ -52,7 +52,7 @@ class Report:
 
 
 @contextmanager
-def progress(description: str, total: int | None = None) -> Iterator[Callable[[], None]]:
+def progress(description: str, total: int) -> Iterator[Callable[[], None]]:
     """A bar on standard error if that is a terminal; what is yielded moves it by one."""
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bars:

@@ -14,9 +14,9 @@ from tempfile import TemporaryDirectory
 
 import httpx
 
-from loadtest.quick import resident_mib
+from loadtest.machine import resident_mib
 
-START_SECONDS = 900.0
+_START_SECONDS = 900.0
 _END_SECONDS = 60.0
 _SHOWN_OF_LOG = 2000  # characters
 _MIB = 1024**2
@@ -155,7 +155,7 @@ def free_port() -> int:
 
 
 def _wait_until_ready(command: Command, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_SECONDS
+    deadline = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
             if httpx.get(command.url + command.ready_path).status_code == 200:

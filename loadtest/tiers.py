@@ -14,6 +14,7 @@ from loadtest.client import make_client, percentile, random_prompt
 from loadtest.metrics import read_metrics
 from loadtest.report import Report, milliseconds, progress
 from loadtest.traffic import Question, Traffic, ask_all, power_law
+from loadtest.workloads import adapter_name
 
 _MOST_TIMES_THE_GAP = 2.0
 _LOADS = {tier: f"sharelora_adapter_loads_total{{source={tier}}}" for tier in ("host", "disk")}
@@ -42,7 +43,7 @@ class Load:
         generator = random.Random(self.seed)
         prompts = [random_prompt(self.prompt_words, generator) for _ in range(self.num_adapters)]
         indices = islice(power_law(self.num_adapters, self.exponent, generator), 2 * self.requests)
-        return [Question(f"t{index:03d}", prompts[index]) for index in indices]
+        return [Question(adapter_name(index), prompts[index]) for index in indices]
 
 
 class _Server:

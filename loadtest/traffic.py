@@ -2,12 +2,16 @@
 
 import asyncio
 import random
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import httpx
 
 from loadtest.client import Timeline, stream
+
+_Item = TypeVar("_Item")
+_Result = TypeVar("_Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +54,21 @@ class Traffic:
         )
 
 
+async def closed_loop(
+    items: Iterable[_Item], num_streams: int, ask: Callable[[_Item], Awaitable[_Result]]
+) -> list[_Result]:
+    """Each stream takes the next item once its last one is over; results in the items' order."""
+    waiting = enumerate(items)
+    results: dict[int, _Result] = {}
+
+    async def ask_in_turn() -> None:
+        for number, item in waiting:
+            results[number] = await ask(item)
+
+    await asyncio.gather(*(ask_in_turn() for _ in range(num_streams)))
+    return [results[number] for number in range(len(results))]
+
+
 async def ask_all(
     client: httpx.AsyncClient,
     questions: Iterable[Question],
@@ -58,23 +77,19 @@ async def ask_all(
     num_tokens: int,
     on_end: Callable[[], object] = lambda: None,
 ) -> Traffic:
-    """Closed loop: each stream asks the next question once its last one is answered.
+    """Ask in a closed loop; calls on_end() after every question."""
+    traffic = Traffic()
 
-    Calls on_end() after every question.
-    """
-    traffic, waiting = Traffic(), iter(questions)
+    async def ask(question: Question) -> None:
+        try:
+            timeline = await stream(client, question.model, question.prompt, num_tokens)
+        except RuntimeError as error:
+            traffic.failures.append(f"{question.model}: {error}")
+        else:
+            traffic.answers.append((question, timeline))
+        on_end()
 
-    async def ask_in_turn() -> None:
-        for question in waiting:
-            try:
-                timeline = await stream(client, question.model, question.prompt, num_tokens)
-            except RuntimeError as error:
-                traffic.failures.append(f"{question.model}: {error}")
-            else:
-                traffic.answers.append((question, timeline))
-            on_end()
-
-    await asyncio.gather(*(ask_in_turn() for _ in range(num_streams)))
+    await closed_loop(questions, num_streams, ask)
     return traffic
 
 

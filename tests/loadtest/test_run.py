@@ -132,6 +132,12 @@ def test_an_unknown_adapter_fails_the_command_and_is_told(server: ServerProcess,
     assert "'t005' does not exist" in result.output
 
 
+def test_a_server_that_does_not_tell_its_metrics_is_one_message(server: ServerProcess) -> None:
+    result = call("pool", "--url", server.url)  # for admins only
+    assert result.exit_code == 1
+    assert result.output.startswith("401: ")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -1,6 +1,8 @@
 """What the measuring commands draw, count and judge; the servers are elsewhere."""
 
+import asyncio
 import random
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -14,7 +16,7 @@ from loadtest.publishing import Example
 from loadtest.reloads import Plan
 from loadtest.report import Report
 from loadtest.tiers import Load
-from loadtest.traffic import Question, Traffic, power_law
+from loadtest.traffic import Question, Traffic, closed_loop, power_law
 
 
 @pytest.mark.parametrize("exponent", [0.1, 0.3, 1.0])
@@ -34,6 +36,33 @@ def test_percentile_is_a_value_that_so_many_do_not_exceed(seed: int) -> None:
     assert percentile(values, 50) == ordered[49]
     assert percentile(values, 100) == ordered[-1]
     assert percentile(values[:1], 99) == values[0]
+
+
+def test_a_closed_loop_takes_an_item_only_when_a_stream_is_free(seed: int) -> None:
+    generator = random.Random(seed)
+    num_streams, num_items = generator.randint(1, 6), generator.randint(6, 40)
+    num_running = num_taken = num_over = most_running = 0
+
+    def items() -> Iterator[int]:
+        nonlocal num_taken
+        for item in range(num_items):
+            num_taken += 1
+            assert num_taken - num_over <= num_streams
+            yield item
+
+    async def ask(item: int) -> int:
+        nonlocal num_running, num_over, most_running
+        num_running += 1
+        most_running = max(most_running, num_running)
+        for _ in range(generator.randint(1, 5)):
+            await asyncio.sleep(0)
+        num_running -= 1
+        num_over += 1
+        return -item
+
+    results = asyncio.run(closed_loop(items(), num_streams, ask))
+    assert results == [-item for item in range(num_items)]
+    assert most_running == num_streams
 
 
 def answer(text: str, version: str) -> Timeline:
