@@ -19,6 +19,7 @@ from sharelora_serve.server.keys import create_key
 _MOST_TIMES = 1.5
 _NUM_STREAMS = 32
 _FLOODING = adapter_name(0)
+_FIRST_TOKEN_SECONDS = 6  # what would start later is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,12 @@ def measure_flood(plan: Plan, folder: Path) -> Report:
     )
     calm: list[list[Outcome]] = []
     flooded: list[list[Outcome]] = []
-    given = ("--model-name", BASE, "--adapters", str(adapters))
-    with our_server(
-        folder / "server.log", "--api-keys", str(folder / "keys.jsonl"), *given
-    ) as server:
+    given = (
+        *("--model-name", BASE, "--adapters", str(adapters)),
+        *("--api-keys", str(folder / "keys.jsonl")),
+        *("--max-first-token-seconds", str(_FIRST_TOKEN_SECONDS)),
+    )
+    with our_server(folder / "server.log", *given) as server:
         for _ in range(2):  # the first one warms up
             capacity = measure_capacity(server.url, "distinct", settings, _NUM_STREAMS, keys)
         for number in range(plan.rounds):

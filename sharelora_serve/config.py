@@ -186,7 +186,18 @@ class ServeConfig(BaseSettings):
         "their streams smoother, more brings the new request's first token sooner.",
     )
     max_queue: int = Field(
-        1024, ge=1, description="Requests that may wait, such as 1024; further ones get a 429."
+        1024,
+        ge=1,
+        description="Requests that may wait, such as 1024; then the newest of whoever has most of "
+        "them waiting gets a 429.",
+    )
+    max_first_token_seconds: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Seconds within which a request must start, such as 6; one that would not, at "
+        "the pace at which its tenant's last ones did, gets a 429 at once. Without it requests "
+        "wait as long as --max-queue lets them.",
     )
     max_request_bytes: Size = Field(
         4 * 1024**2, description="Largest request body, such as 4MiB; larger ones get a 413."

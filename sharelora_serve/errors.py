@@ -15,6 +15,7 @@ ServeError
 ├── VersionMismatchError           412  version_mismatch
 ├── RequestTooLargeError           413  request_too_large
 ├── QueueFullError                 429  queue_full
+├── OverloadedError                429  overloaded
 ├── AdapterUnavailableError        503  adapter_unavailable
 ├── StorageError                   503  storage_failed
 ├── EngineStoppedError             503  engine_stopped
@@ -139,6 +140,14 @@ class QueueFullError(ServeError):
     status = 429
     error_type = "rate_limit_error"
     code = "queue_full"
+
+
+class OverloadedError(ServeError):
+    """The client has so many requests waiting that this one's first token would come too late."""
+
+    status = 429
+    error_type = "rate_limit_error"
+    code = "overloaded"
 
 
 class AdapterUnavailableError(ServeError):

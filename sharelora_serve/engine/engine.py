@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from sharelora_serve.adapters.cache import AdapterCache
+from sharelora_serve.engine.backlog import Backlog, dropped_error
 from sharelora_serve.engine.batch import Batch, ScheduledRequest
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.merger import Merger
@@ -27,7 +28,6 @@ from sharelora_serve.engine.scheduler import Scheduler
 from sharelora_serve.errors import (
     ContextLengthError,
     EngineStoppedError,
-    QueueFullError,
     ServeError,
 )
 
@@ -72,6 +72,7 @@ class Engine:
         eos_token_ids: frozenset[int],
         max_model_len: int,
         max_queue: int,
+        max_first_token_seconds: float | None,
         adapters: AdapterCache,
         kv_cache: KVCache,
         kv_memory_bytes: int,
@@ -97,6 +98,7 @@ class Engine:
         self.max_model_len = max_model_len
         self.adapters = adapters
         self._max_queue = max_queue
+        self._backlog = Backlog(max_queue, max_first_token_seconds)  # under the lock
         self._kv_cache = kv_cache
         self._kv_memory_bytes = kv_memory_bytes
         self._scheduler = scheduler
@@ -108,6 +110,7 @@ class Engine:
         self._close = close
         self._inbox: deque[Request] = deque()
         self._aborted: deque[str] = deque()  # ids
+        self._dropped: deque[Request] = deque()
         self._lock = threading.Lock()
         self._requests: dict[str, Request] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
@@ -144,8 +147,9 @@ class Engine:
     def submit(self, *requests: Request) -> None:
         """Queue requests, all of them or none.
 
-        Raises QueueFullError when too many wait, ContextLengthError when the KV cache could never
-        hold one, EngineStoppedError when the engine does not run.
+        They are of one client. Raises QueueFullError when too many wait, OverloadedError when they
+        would have to wait too long, ContextLengthError when the KV cache could never hold one,
+        EngineStoppedError when the engine does not run.
         """
         for request in requests:
             num_tokens = len(request.prompt_ids) + request.sampling.max_tokens
@@ -159,12 +163,7 @@ class Engine:
         with self._lock:
             if not self.is_ready:
                 raise EngineStoppedError("the engine is not running; try another server")
-            if self._num_waiting + len(requests) > self._max_queue:
-                raise QueueFullError(
-                    f"{self._num_waiting} requests are waiting already, of {self._max_queue} that "
-                    "may; try again later",
-                    retry_after_seconds=1,
-                )
+            self._dropped += self._backlog.add(requests, time.monotonic())
             self._inbox.extend(requests)
         self._wake.set()
 
@@ -218,16 +217,24 @@ class Engine:
 
     def _take_inbox(self) -> None:
         # Counted before the inbox is read: whoever aborts has submitted before.
-        num_aborted = len(self._aborted)
+        num_aborted, num_dropped = len(self._aborted), len(self._dropped)
         while self._inbox:
             request = self._inbox.popleft()
             self._requests[request.request_id] = request
             self._scheduler.add(request)
         for _ in range(num_aborted):
-            request_id = self._aborted.popleft()
-            if self._requests.pop(request_id, None) is not None:
-                self._scheduler.abort(request_id)
-                self._prompt_logprobs.pop(request_id, None)
+            aborted = self._requests.pop(self._aborted.popleft(), None)
+            if aborted is not None:
+                self._scheduler.abort(aborted.request_id)
+                self._prompt_logprobs.pop(aborted.request_id, None)
+                with self._lock:
+                    self._backlog.remove(aborted)
+        for _ in range(num_dropped):
+            dropped = self._dropped.popleft()
+            has_begun = dropped.block_table or dropped.output_ids  # in a step meanwhile
+            if dropped.request_id in self._requests and not has_begun:
+                self._scheduler.abort(dropped.request_id)
+                self._deliver(dropped, [], error=dropped_error(self._max_queue))
 
     def _step(self) -> bool:
         """Run one batch; False when there is nothing to run."""
@@ -239,6 +246,12 @@ class Engine:
                 self._wake.set()
         if batch is None:
             return False
+        if batch.failed or batch.admitted:
+            with self._lock:
+                for request in batch.admitted:
+                    self._backlog.admit(request, time.monotonic())
+                for failed in batch.failed:
+                    self._backlog.remove(failed.request)
         for failed in batch.failed:
             self._deliver(failed.request, [], error=failed.error)
         if not batch.scheduled:

@@ -114,17 +114,18 @@ class FairQueue:
     def in_order(self, started: Iterable[Entry] = ()) -> Iterator[Entry]:
         """Everyone whose prompt is to be computed, the one whose turn it is first.
 
-        First come those that must be next, then heads of lines: that of the client which has been
-        served least by then, so `charge` has its effect on what follows. `started` are prompts of
-        running requests, each ahead of its client's line. Entries may be removed meanwhile.
+        First come those that must be next, with who is before them in their lines. Then heads of
+        lines: that of the client which has been served least by then, so `charge` has its effect
+        on what follows. `started` are prompts of running requests, which stand ahead of their
+        clients' lines. Entries may be removed meanwhile.
         """
         lines = {client: deque(line) for client, line in self._lines.items()}
-        for line in list(lines.values()):
-            for entry in [entry for entry in line if entry.must_be_next]:
-                line.remove(entry)
-                yield entry
         for entry in sorted(started, key=_order, reverse=True):
             lines.setdefault(entry.request.client, deque()).appendleft(entry)
+        for line in lines.values():
+            num_first = max((i for i, entry in enumerate(line, 1) if entry.must_be_next), default=0)
+            for _ in range(num_first):
+                yield line.popleft()
         heads = [
             (self.served(client), line[0].order, client) for client, line in lines.items() if line
         ]

@@ -199,6 +199,7 @@ def load_engine(
         eos_token_ids=eos_token_ids,
         max_model_len=max_model_len,
         max_queue=config.max_queue,
+        max_first_token_seconds=config.max_first_token_seconds,
         adapters=adapters,
         kv_cache=kv_cache,
         kv_memory_bytes=kv_memory_bytes,

@@ -146,9 +146,9 @@ class Scheduler:
         A preempted request gives up its blocks and its adapter, is queued before all others of
         its client, and is computed again later, output included. When KV blocks run out, it is
         the running request whose turn comes last, be it the one that needs them: so the first in
-        turn always moves on. A step in which a stream needs that admits nobody. When a place or blocks
-        are lacking, it is the last one of a client that runs more requests, and has been served
-        more, than the client of the one that waits.
+        turn always moves on. A step in which a stream needs that admits nobody. When somebody
+        waits for a place or for blocks, it is the last one of a client that runs more requests and
+        was served far more.
 
         A prompt that is first in turn and needs a little more than its chunk to be complete gets
         the tokens of streams whose clients were served far more: they pause for the step.
@@ -219,7 +219,7 @@ class Scheduler:
                 first = first or chunk
                 batch.scheduled.append(chunk)
                 num_left -= num_tokens
-                self._charge_prompt(chunk)
+                self._charge_prompt(request, num_tokens)
         if first is not None and first in batch.scheduled and not first.needs_logits:
             self._pause_for(first, batch)
         self.lacks_room = Waiting.NO_ROOM in admission.asked.values()
@@ -227,6 +227,8 @@ class Scheduler:
 
     def _admit(self, entry: Entry, admission: _Admission) -> bool:
         """Move a waiting request to the running ones, if it may go now; it has no blocks yet."""
+        if not admission.is_open:
+            return False
         request = entry.request
         is_barred = any(passed.must_be_next for passed in admission.overtaken)
         if is_barred or not (self._has_room(request) or self._makes_way(request)):
@@ -299,10 +301,10 @@ class Scheduler:
         entry.request.page_table = pages
         return True
 
-    def _charge_prompt(self, chunk: ScheduledRequest) -> None:
-        """Count a chunk as served, unless it was counted before its request was preempted."""
-        if not chunk.request.output_ids:
-            self._waiting.charge(chunk.request.client, PROMPT_WEIGHT * chunk.num_tokens)
+    def _charge_prompt(self, request: Request, num_tokens: int) -> None:
+        """Count prompt tokens as served, unless they were before the request was preempted."""
+        if not request.output_ids:
+            self._waiting.charge(request.client, PROMPT_WEIGHT * num_tokens)
 
     def _pause_for(self, first: ScheduledRequest, batch: Batch) -> None:
         """Complete a prompt with the tokens of streams whose clients were served far more."""
@@ -319,8 +321,7 @@ class Scheduler:
             return
         rest = [item for item in batch.scheduled if item not in paused and item is not first]
         batch.scheduled = [*rest, ScheduledRequest(request, num_tokens)]
-        if not request.output_ids:
-            self._waiting.charge(request.client, PROMPT_WEIGHT * (num_tokens - first.num_tokens))
+        self._charge_prompt(request, num_tokens - first.num_tokens)
 
     def _acquire(self, version: AdapterVersion) -> PageTable | Waiting:
         self._asked.pop(version.key, None)

@@ -10,9 +10,9 @@ from torch import Tensor
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, FactorPair, PageTable
 from sharelora_serve.adapters.pages import PAGE_RANK
 from sharelora_serve.adapters.pool import MatrixPool
+from sharelora_serve.engine.batch import ScheduledRequest
 from sharelora_serve.engine.request import Request, SamplingParams
 from sharelora_serve.engine.runner import Runner
-from sharelora_serve.engine.batch import ScheduledRequest
 from sharelora_serve.kernels.cuda import CudaKernels
 from sharelora_serve.kernels.interface import Kernels
 from sharelora_serve.kernels.paged_attention import gathered_attention

@@ -173,6 +173,7 @@ class TinyModel:
         max_batch_tokens: int = MAX_BATCH_TOKENS,
         prefill_chunk: int = 32,
         max_queue: int = 1024,
+        max_first_token_seconds: float | None = None,
         prefix_caching: bool = True,
         merge_policy: MergePolicy | None = None,
     ) -> Iterator["SteppedEngine"]:
@@ -230,6 +231,7 @@ class TinyModel:
                 eos_token_ids=self.eos_token_ids,
                 max_model_len=MAX_MODEL_LEN,
                 max_queue=max_queue,
+                max_first_token_seconds=max_first_token_seconds,
                 adapters=adapters,
                 kv_cache=kv_cache,
                 kv_memory_bytes=0,

@@ -23,6 +23,7 @@ from sharelora_serve.errors import (
     AdapterUnavailableError,
     ContextLengthError,
     EngineStoppedError,
+    OverloadedError,
     QueueFullError,
     ServeError,
 )
@@ -238,7 +239,9 @@ class Mail:
         self._engine = engine
         self._outputs: queue.SimpleQueue[RequestOutput] = queue.SimpleQueue()
 
-    def submit(self, request_id: str, prompt_ids: list[int], **sampling: Any) -> None:
+    def submit(
+        self, request_id: str, prompt_ids: list[int], tenant: str | None = None, **sampling: Any
+    ) -> None:
         self._engine.submit(
             Request(
                 request_id=request_id,
@@ -247,6 +250,7 @@ class Mail:
                 sampling=SamplingParams(**sampling),
                 arrived_at=time.monotonic(),
                 deliver=self._outputs.put,
+                tenant=tenant,
             )
         )
 
@@ -297,6 +301,51 @@ def test_a_full_queue_refuses_further_requests_and_answers_those_it_took(
         assert all(output.finish_reason is FinishReason.LENGTH for output in last.values())
         mail.submit("afterwards", PROMPT, max_tokens=2)
         mail.last_outputs(1)
+        engine.stop()
+
+
+def test_in_a_full_queue_who_has_most_waiting_makes_room_for_others(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tiny.model.engine([], max_running=1, max_queue=3) as stepped:
+        engine, mail = stepped.engine, Mail(stepped.engine)
+        waits, may_go_on = hold(engine, monkeypatch)
+        engine.start()
+        mail.submit("running", PROMPT, max_tokens=2, tenant="flood")
+        assert waits.wait(PATIENCE_SECONDS)
+        for index in range(3):
+            mail.submit(f"flood-{index}", PROMPT, max_tokens=2, tenant="flood")
+        mail.submit("quiet", PROMPT, max_tokens=2, tenant="quiet")
+        with pytest.raises(QueueFullError):
+            mail.submit("one too many", PROMPT, max_tokens=2, tenant="flood")
+        with pytest.raises(QueueFullError):  # it would then have as many as the other
+            mail.submit("quiet too", PROMPT, max_tokens=2, tenant="quiet")
+        may_go_on.set()
+        last = mail.last_outputs(5)
+        assert isinstance(last["flood-2"].error, QueueFullError)
+        assert all(last[each].error is None for each in last.keys() - {"flood-2"})
+        assert engine.stats().num_waiting == 0
+        engine.stop()
+
+
+def test_a_request_that_would_start_too_late_is_refused_and_others_are_not(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tiny.model.engine([], max_running=1, max_first_token_seconds=1e-3) as stepped:
+        engine, mail = stepped.engine, Mail(stepped.engine)
+        waits, may_go_on = hold(engine, monkeypatch)
+        engine.start()
+        mail.submit("running", PROMPT, max_tokens=2, tenant="flood")
+        assert waits.wait(PATIENCE_SECONDS)
+        mail.submit("waiting", PROMPT, max_tokens=2, tenant="flood")
+        time.sleep(2e-3)
+        with pytest.raises(OverloadedError) as refused:
+            mail.submit("late", PROMPT, max_tokens=2, tenant="flood")
+        assert refused.value.status == 429
+        assert refused.value.retry_after_seconds >= 1
+        mail.submit("quiet", PROMPT, max_tokens=2, tenant="quiet")
+        may_go_on.set()
+        assert all(output.error is None for output in mail.last_outputs(3).values())
         engine.stop()
 
 

@@ -71,19 +71,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         rig = self.rig
         streams = [request for request in rig.requests if decoding(request)]
         first = min(rig.running, key=rig.turn, default=None)
-        served = {request: rig.served(request) for request in rig.running}
+        turns = {request: rig.turn(request) for request in rig.requests}
+        jumps = any(entry.must_be_next for entry in rig.scheduler._waiting.in_order())
         before = set(rig.running)
         step = rig.step()
         self.admitted |= before
         if step is None:
             return
-        assert first is None or first in step
+        # Only a prompt whose turn is before it, or one that must be next, keeps it out.
+        if first is not None and first not in step:
+            assert jumps or turns[first] > min(turns[request] for request in step)
         assert sum(step.values()) <= rig.max_batch_tokens
         prompts = [request for request in step if request not in streams]
         # A stream that is not in the step was preempted in it, or pauses for somebody's prompt.
         paused = [stream for stream in streams if stream not in step and stream.block_table]
         for stream in paused:
-            assert any(served[stream] > rig.served(request) for request in prompts)
+            assert any(turns[stream] > turns[request] for request in prompts)
         assert all(step[stream] == 1 for stream in streams if stream in step)
         if streams:
             assert sum(map(step.__getitem__, prompts)) <= rig.prefill_chunk + len(paused)

@@ -13,9 +13,9 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from sharelora_serve.config import ServeConfig
+from sharelora_serve.engine.batch import ScheduledRequest
 from sharelora_serve.engine.load import Loaded
 from sharelora_serve.engine.request import FinishReason, Request, RequestOutput, SamplingParams
-from sharelora_serve.engine.batch import ScheduledRequest
 from sharelora_serve.models.embedded import embedded_base_folder
 from tests.golden.adapters import write_adapters
 from tests.golden.bases import QUESTION, STORY
