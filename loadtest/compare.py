@@ -13,7 +13,7 @@ from loadtest.adapters import Kind, write_adapters
 from loadtest.capacity import BASE, measure_whole
 from loadtest.comparison import CASES, MERGED, NUM_ADAPTERS, OURS, PEFT, Case, Comparison, Contender
 from loadtest.endpoint import Endpoint, OpenAiEndpoint
-from loadtest.peers import LlamaCpp, Peer, VllmCpu, peft_tokens_per_second
+from loadtest.peers import LlamaCpp, LlamaCppBase, Peer, VllmCpu, peft_tokens_per_second
 from loadtest.servers import Server, only, our_server, running
 from loadtest.workloads import Settings, adapter_name, draw
 from sharelora_serve.models.source import base_folder
@@ -77,7 +77,8 @@ class _Contest:
         write_adapters(self._adapters, NUM_ADAPTERS, kind, gguf=self._gguf)
         self._start_ours(OURS)
         self._start_ours(MERGED, "--merge", adapter_name(0))
-        for peer in (VllmCpu(plan.peers), LlamaCpp(plan.peers)):
+        for peer_type in (VllmCpu, LlamaCpp, LlamaCppBase):
+            peer = peer_type(plan.peers)
             try:
                 self._start(peer)
             except RuntimeError as error:
@@ -91,14 +92,14 @@ class _Contest:
                 if not is_there and (contender.server != PEFT or number is None):
                     continue  # PEFT, which is no server, warms itself up
                 what = f"{'warming up' if number is None else f'round {number}'}: {case.name}"
-                typer.echo(f"{what}: {contender.label}", err=True)
+                typer.echo(f"{what}: {contender.server}", err=True)
                 try:
                     value = self._measure(case, contender, number)
                 except RuntimeError as error:
-                    self._comparison.leave_out(f"{what}: {contender.label}", error)
+                    self._comparison.leave_out(f"{what}: {contender.server}", error)
                 else:
                     if number is not None:
-                        self._comparison.values[case.name, contender.label][number] = value
+                        self._comparison.values[case.name, contender.server][number] = value
 
     def _measure(self, case: Case, contender: Contender, number: int | None) -> float:
         """The figure; RuntimeError if a request was not answered."""
@@ -139,7 +140,7 @@ class _Contest:
         peer.prepare()
         typer.echo(f"starting {peer.name}", err=True)
         command = peer.command(self._model_folder, self._adapters, self._gguf)
-        log = self._out / f"{peer.folder_name}.log"
+        log = self._out / f"server-{len(self._entries)}.log"
         server = self._stack.enter_context(running(command, log))
         self._add(peer.name, server, peer.endpoint(server.url, BASE))
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from loadtest.figures import Figures
 from loadtest.machine import describe_machine
 from loadtest.markdown import figure, table
-from loadtest.peers import LlamaCpp, VllmCpu
+from loadtest.peers import LlamaCpp, LlamaCppBase, VllmCpu
 
 NUM_ADAPTERS = 32
 OURS = "ShareLoRA Serve"
@@ -23,11 +23,6 @@ class Contender:
 
     server: str
     is_base: bool = False
-
-    @property
-    def label(self) -> str:
-        """As tables name it."""
-        return f"{self.server}, base" if self.is_base else self.server
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +69,12 @@ CASES = (
         streams=1,
         unit="tokens/s",
         read=_throughput,
-        aims={f"{LlamaCpp.name}, base": 1.3, LlamaCpp.name: 1.3},
+        aims={LlamaCppBase.name: 1.3, LlamaCpp.name: 1.3},
         is_waiting=False,
         contenders=(
             Contender(MERGED),
             Contender(LlamaCpp.name),
-            Contender(LlamaCpp.name, is_base=True),
+            Contender(LlamaCppBase.name, is_base=True),
         ),
     ),
     Case(
@@ -106,10 +101,10 @@ class Comparison:
         """Note why something has no value."""
         self.notes.append(f"left out: {what}: {' '.join(str(reason).split())}")
 
-    def ratios(self, case: Case, label: str) -> list[float]:
+    def ratios(self, case: Case, server: str) -> list[float]:
         """Ours by theirs, of every round that has both."""
-        ours = self.values[case.name, case.contenders[0].label]
-        theirs = self.values[case.name, label]
+        ours = self.values[case.name, case.contenders[0].server]
+        theirs = self.values[case.name, server]
         return [ours[number] / theirs[number] for number in sorted(ours.keys() & theirs.keys())]
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -117,12 +112,12 @@ class Comparison:
         rows: list[tuple[str, ...]] = []
         for case in CASES:
             for contender in case.contenders:
-                label = contender.label
-                values = list(self.values[case.name, label].values())
+                server = contender.server
+                values = list(self.values[case.name, server].values())
                 shown = f"{_median_and_range(values)} {case.unit}" if values else "not measured"
                 is_ours = contender is case.contenders[0]
-                ratios = "" if is_ours else _median_and_range(self.ratios(case, label))
-                rows.append((case.name, label, shown, ratios, _aim(case, label)))
+                ratios = "" if is_ours else _median_and_range(self.ratios(case, server))
+                rows.append((case.name, server, shown, ratios, _aim(case, server)))
         return rows
 
     def markdown(self) -> str:
@@ -143,10 +138,10 @@ class Comparison:
             "cases": [
                 {
                     "load": case.name,
-                    "server": contender.label,
+                    "server": contender.server,
                     "unit": case.unit,
-                    "rounds": self.values[case.name, contender.label],
-                    "ratios": self.ratios(case, contender.label),
+                    "rounds": self.values[case.name, contender.server],
+                    "ratios": self.ratios(case, contender.server),
                 }
                 for case in CASES
                 for contender in case.contenders
@@ -164,6 +159,6 @@ def _median_and_range(values: Sequence[float]) -> str:
     return f"{middle} ({least} to {most})"
 
 
-def _aim(case: Case, label: str) -> str:
-    aim = case.aims.get(label)
+def _aim(case: Case, server: str) -> str:
+    aim = case.aims.get(server)
     return "" if aim is None else f"{'<=' if case.is_waiting else '>='} {aim:g}"

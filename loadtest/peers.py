@@ -136,19 +136,22 @@ class LlamaCpp(Peer):
         gguf: Path,
     ) -> Command:
         """See the base class."""
-        port = free_port()
-        files = sorted(gguf.glob("*.gguf"))
-        words = (
-            *(str(self._programs / "llama-server"), "-m", str(self._model)),
-            *("--lora", ",".join(str(file.resolve()) for file in files)),
-            *("--lora-init-without-apply", "-t", str(num_physical_cores())),
-            *("-np", "32", "-c", "65536", "-kvu", "--host", "127.0.0.1", "--port", str(port)),
-        )
-        return Command(words, port, "/health", {"LD_LIBRARY_PATH": str(self._programs)})
+        files = ",".join(str(file.resolve()) for file in sorted(gguf.glob("*.gguf")))
+        adapters_only_where_named = ("--lora", files, "--lora-init-without-apply")
+        return self._serve(*adapters_only_where_named, "-np", "32", "-c", "65536", "-kvu")
 
     def endpoint(self, url: str, base: str) -> Endpoint:
         """See the base class."""
         return LlamaCppEndpoint.of(url, base)
+
+    def _serve(self, *arguments: str) -> Command:
+        port = free_port()
+        words = (
+            *(str(self._programs / "llama-server"), "-m", str(self._model)),
+            *("-t", str(num_physical_cores()), "--host", "127.0.0.1", "--port", str(port)),
+            *arguments,
+        )
+        return Command(words, port, "/health", {"LD_LIBRARY_PATH": str(self._programs)})
 
     @property
     def _model(self) -> Path:
@@ -174,6 +177,21 @@ class LlamaCpp(Peer):
         for name, target in listed.items():
             if not os.path.lexists(self._programs / name):
                 (self._programs / name).symlink_to(target)
+
+
+class LlamaCppBase(LlamaCpp):
+    """The same for the base alone: adapters that are loaded slow it down, even if not applied."""
+
+    name = "llama.cpp, F16, no adapters"
+
+    def command(
+        self,
+        model_folder: Path,  # noqa: ARG002
+        adapters: Path,  # noqa: ARG002
+        gguf: Path,  # noqa: ARG002
+    ) -> Command:
+        """See the base class."""
+        return self._serve("-np", "1", "-c", "2048")
 
 
 def peft_tokens_per_second(model_folder: Path, adapters: Path, count: int) -> float:

@@ -110,14 +110,14 @@ def measure_steps(
                 for names in _owners(loaded, count, with_adapters=adapters is not None)
             ]
             steps = []
-            reads = []
             for _ in range(rounds):
                 steps.append([_measure(loaded, kernels, *load, num_tokens) for load in loads])
-                kernels.read_weights_seconds()  # compiles, the first time
-                reads += [kernels.read_weights_seconds() for _ in range(_READS)]
+                kernels.is_reading = True
+                _decode(loaded, kernels, [None], _READS)
+                kernels.is_reading = False
         finally:
             loaded.engine.stop()
-    read = 1000 * statistics.median(reads)
+    read = 1000 * statistics.median(kernels.reads)
     return StepTimes([_median(each) for each in zip(*steps, strict=True)], read)
 
 

@@ -23,14 +23,19 @@ PRODUCTS, ADAPTERS, ATTENTION, ELEMENTWISE = "products", "adapters", "attention"
 class TimedKernels(CpuKernels):
     """Computes what CpuKernels does.
 
-    is_split  whether the parts of the layers are called, and timed, one by one; else all layers
-              are one call, as the server's are, which is not timed
-    seconds   of every part, and `num_steps` of the forward passes, since they were last cleared
+    is_split    whether the parts of the layers are called, and timed, one by one; else all layers
+                are one call, as the server's are, which is not timed
+    is_reading  whether a forward pass first reads all weights of the one before: on the engine's
+                thread, since where another one has its own team of threads both are slowed down
+    reads       seconds that each of these readings took
+    seconds     of every part, and `num_steps` of the forward passes, since they were last cleared
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.is_split = False
+        self.is_reading = False
+        self.reads: list[float] = []
         self.seconds: defaultdict[str, float] = defaultdict(float)
         self.num_steps = 0
         self._parts = _Parts(self)
@@ -40,11 +45,6 @@ class TimedKernels(CpuKernels):
         """Count from here on."""
         self.seconds.clear()
         self.num_steps = 0
-
-    def read_weights_seconds(self) -> float:
-        """Seconds in which all threads read once what a forward pass multiplies with."""
-        weights = [weight.reshape(-1).view(np.uint64) for weight in self._weights.values()]
-        return _timed(lambda: [_read(weight) for weight in weights])
 
     def time(self, part: str, run: Callable[..., Any], *arguments: Any) -> None:  # noqa: ANN401
         """Call something, and count how long it takes."""
@@ -58,6 +58,9 @@ class TimedKernels(CpuKernels):
     def embed(self, weight: Any, token_ids: Tensor, out: Tensor) -> None:  # noqa: ANN401
         """As CpuKernels, timed: once in a step."""
         self.num_steps += 1
+        if self.is_reading:
+            weights = [weight.reshape(-1).view(np.uint64) for weight in self._weights.values()]
+            self.reads.append(_timed(lambda: [_read(weight) for weight in weights]))
         self.time(ELEMENTWISE, super().embed, weight, token_ids, out)
 
     def add_and_norm(

@@ -23,14 +23,15 @@ def base(seed: int) -> Iterator[Base]:
 @pytest.mark.parametrize("is_split", [False, True])
 def test_timed_kernels_give_the_right_tokens(base: Base, is_split: bool) -> None:
     kernels = TimedKernels()
-    kernels.is_split = is_split
+    kernels.is_split = kernels.is_reading = is_split
     with running_engine(base.config(), kernels) as loaded:
         answers = serve_together(loaded, base.cases)
     for case, served in zip(base.cases, answers, strict=True):
         base.assert_right(case, served)
     assert kernels.num_steps > 0
     assert (ADAPTERS in kernels.seconds) is is_split
-    assert kernels.read_weights_seconds() > 0
+    assert len(kernels.reads) == (kernels.num_steps if is_split else 0)
+    assert all(seconds > 0 for seconds in kernels.reads)
 
 
 def test_every_load_is_measured_on_the_base_and_on_adapters(base: Base) -> None:
