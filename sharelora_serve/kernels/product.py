@@ -23,6 +23,8 @@ _MEDIUM = 8 if has_avx512() else 4
 
 _tall_wide = make_product_tile(_TALL, _WIDE, accumulate=False)
 _medium_wide = make_product_tile(_MEDIUM, _WIDE, accumulate=False)
+_tall_fetching = make_product_tile(_TALL, _WIDE, accumulate=False, fetches=True)
+_medium_fetching = make_product_tile(_MEDIUM, _WIDE, accumulate=False, fetches=True)
 _four_wide = make_product_tile(4, _WIDE, accumulate=False)
 _three_wide = make_product_tile(3, _WIDE, accumulate=False)
 _two_wide = make_product_tile(2, _WIDE, accumulate=False)
@@ -47,11 +49,18 @@ def _wide_product(x: Any, weight: Any, block: Any, out: Any) -> None:
     size, column = depth * LANES, block * LANES
     start = block * size
     # Low tiles wait for their sums: rather two medium ones than a tall and a low one.
+    # The first tile waits for memory, the further ones fetch what the next strip's first will read.
     while rows - row >= _TALL and not 0 < rows - row - _TALL <= _TALL - _MEDIUM:
-        _tall_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
+        if row == 0:
+            _tall_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
+        else:
+            _tall_fetching(x, row, 0, weight, start, LANES, size, depth, out, row, column)
         row += _TALL
     while rows - row >= _MEDIUM:
-        _medium_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
+        if row == 0:
+            _medium_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
+        else:
+            _medium_fetching(x, row, 0, weight, start, LANES, size, depth, out, row, column)
         row += _MEDIUM
     while rows - row >= 4:
         _four_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)

@@ -21,10 +21,13 @@ CACHE_LINE = 64
 """Bytes that memory is read by."""
 
 _DOT_LANES = 8  # of a vector in dot products: one register of AVX2
+_TO_FIRST_LEVEL, _TO_SECOND_LEVEL = 3, 2  # of the caches, as LLVM calls them
 _FETCHES = 2  # cache lines per step of a dot product: more would wait for each other
 
 
-def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool) -> Any:
+def make_product_tile(
+    num_rows: int, num_blocks: int, *, accumulate: bool, fetches: bool = False
+) -> Any:
     """An intrinsic for a few rows times a few blocks of outputs.
 
     tile(x, x_row, x_column, weight, start, stride, apart, depth, out, out_row, out_column)
@@ -36,6 +39,9 @@ def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool) -> An
     x       (rows, columns)   float32
     weight  any shape         as stored; addressed by element
     out     (rows, columns)   float32; added to when `accumulate`
+
+    When it `fetches`, it brings a cache line nearer at every step, from the start of what follows
+    its blocks if they are neighbours to its end: arithmetic hides memory.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -71,6 +77,9 @@ def make_product_tile(num_rows: int, num_blocks: int, *, accumulate: bool) -> An
                 _load(builder, builder.gep(block, [at]), signature.args[3].dtype, LANES)
                 for block in blocks
             ]
+            if fetches:
+                following = builder.add(apart, builder.mul(at, word(num_blocks)))
+                _fetch(builder, builder.gep(blocks[-1], [following]), _TO_SECOND_LEVEL)
             for i, row in enumerate(rows):
                 scalar = builder.load(builder.gep(row, [loop.index]))
                 first = builder.insert_element(undefined, scalar, lane(0))
@@ -150,7 +159,7 @@ def make_shrink_tile(num_rows: int, num_ranks: int) -> Any:
                 line = builder.add(builder.mul(loop.index, word(_FETCHES)), word(n))
                 with builder.if_then(builder.icmp_signed("<", line, num_lines)):
                     byte = builder.mul(line, word(CACHE_LINE))
-                    _fetch(builder, builder.gep(following, [byte]))
+                    _fetch(builder, builder.gep(following, [byte]), _TO_FIRST_LEVEL)
             at = builder.mul(loop.index, word(_DOT_LANES))
             values = [
                 _load(builder, builder.gep(row, [at]), types.float32, _DOT_LANES) for row in rows
@@ -223,7 +232,7 @@ def _sum_lanes(builder: Any, total: Any) -> Any:
     return builder.extract_element(total, lane(0))
 
 
-def _fetch(builder: Any, pointer: Any) -> None:
+def _fetch(builder: Any, pointer: Any, level: int) -> None:
     """Bring a cache line nearer, without waiting for it."""
     byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
     prefetch = cgutils.get_or_insert_function(
@@ -231,4 +240,5 @@ def _fetch(builder: Any, pointer: Any) -> None:
         ir.FunctionType(ir.VoidType(), [byte, flag, flag, flag]),
         "llvm.prefetch.p0i8",
     )
-    builder.call(prefetch, [pointer, flag(0), flag(3), flag(1)])  # to read, to keep, data
+    line = builder.bitcast(pointer, byte)
+    builder.call(prefetch, [line, flag(0), flag(level), flag(1)])  # to read, data
