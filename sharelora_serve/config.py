@@ -162,7 +162,8 @@ class ServeConfig(BaseSettings):
     kv_memory: Size = Field(
         1024**3,
         description="Device memory for the keys and values of running requests and the prefix "
-        "cache, such as 1GiB; when it runs out, the newest requests are computed again later.",
+        "cache, such as 1GiB; when it runs out, requests are computed again later: the newest of "
+        "whoever was served most.",
     )
     max_model_len: int | None = Field(
         None,
@@ -196,7 +197,7 @@ class ServeConfig(BaseSettings):
         gt=0,
         allow_inf_nan=False,
         description="Seconds within which a request must start, such as 6; one that would not, at "
-        "the pace at which its tenant's last ones did, gets a 429 at once. Without it requests "
+        "the pace at which its tenant's last ones started, gets a 429 at once. Without it requests "
         "wait as long as --max-queue lets them.",
     )
     max_request_bytes: Size = Field(

@@ -110,7 +110,7 @@ class Engine:
         self._close = close
         self._inbox: deque[Request] = deque()
         self._aborted: deque[str] = deque()  # ids
-        self._dropped: deque[Request] = deque()
+        self._dropped: deque[list[Request]] = deque()
         self._lock = threading.Lock()
         self._requests: dict[str, Request] = {}
         self._prompt_logprobs: dict[str, list[TokenLogprobs | None]] = {}
@@ -210,7 +210,7 @@ class Engine:
             with self._lock:
                 self._stopping = True
                 self._ready.set()
-            self._take_inbox()
+            self._requests |= {request.request_id: request for request in self._inbox}
             stopped = EngineStoppedError("the engine stopped before the answer was complete")
             for request in list(self._requests.values()):
                 self._deliver(request, [], error=stopped)
@@ -230,11 +230,13 @@ class Engine:
                 with self._lock:
                     self._backlog.remove(aborted)
         for _ in range(num_dropped):
-            dropped = self._dropped.popleft()
-            has_begun = dropped.block_table or dropped.output_ids  # in a step meanwhile
-            if dropped.request_id in self._requests and not has_begun:
-                self._scheduler.abort(dropped.request_id)
-                self._deliver(dropped, [], error=dropped_error(self._max_queue))
+            group = self._dropped.popleft()
+            if any(dropped.block_table or dropped.output_ids for dropped in group):
+                continue  # it was admitted meanwhile
+            for dropped in group:
+                if dropped.request_id in self._requests:
+                    self._scheduler.abort(dropped.request_id)
+                    self._deliver(dropped, [], error=dropped_error(self._max_queue))
 
     def _step(self) -> bool:
         """Run one batch; False when there is nothing to run."""

@@ -38,10 +38,11 @@ class Entry:
     request: Request
     order: int  # of arrival
     num_overtaken: int = 0  # requests admitted past it for lack of room for its adapter
+    num_charged: int = 0  # prompt tokens that its client has been charged for
 
     @property
     def must_be_next(self) -> bool:
-        """Whether nobody may be admitted before it any more."""
+        """Whether nobody whose turn comes after may be admitted before it any more."""
         return self.num_overtaken >= MAX_OVERTAKEN
 
     @property
@@ -114,28 +115,38 @@ class FairQueue:
     def in_order(self, started: Iterable[Entry] = ()) -> Iterator[Entry]:
         """Everyone whose prompt is to be computed, the one whose turn it is first.
 
-        First come those that must be next, with who is before them in their lines. Then heads of
-        lines: that of the client which has been served least by then, so `charge` has its effect
-        on what follows. `started` are prompts of running requests, which stand ahead of their
-        clients' lines. Entries may be removed meanwhile.
+        That is the head of the line of the client which has been served least by then, so `charge`
+        has its effect on what follows. Who was handed out and still waits counts as served: so no
+        line keeps the others from being looked at. `started` are prompts of running requests,
+        which stand ahead of their clients' lines. Entries may be removed and put back meanwhile.
         """
-        lines = {client: deque(line) for client, line in self._lines.items()}
-        for entry in sorted(started, key=_order, reverse=True):
-            lines.setdefault(entry.request.client, deque()).appendleft(entry)
-        for line in lines.values():
-            num_first = max((i for i, entry in enumerate(line, 1) if entry.must_be_next), default=0)
-            for _ in range(num_first):
-                yield line.popleft()
+        lines: dict[str, deque[Entry]] = {}  # what is left of those that somebody came from
+        passed: dict[str, float] = {}
+        for entry in sorted(started, key=_order):
+            client = entry.request.client
+            lines.setdefault(client, deque()).append(entry)
         heads = [
-            (self.served(client), line[0].order, client) for client, line in lines.items() if line
+            (self.served(client), line[0].order, client)
+            for client, line in (self._lines | lines).items()
         ]
+        for client, line in lines.items():
+            line.extend(self._lines.get(client, ()))
         heapify(heads)
         while heads:
             _, _, client = heappop(heads)
+            if client not in lines:
+                lines[client] = deque(self._lines.get(client, ()))
             line = lines[client]
-            yield line.popleft()
+            if not line:
+                continue
+            entry = line.popleft()
+            yield entry
+            if not entry.is_running:
+                waiting = PROMPT_WEIGHT * entry.request.num_uncomputed * self._scale
+                passed[client] = passed.get(client, 0.0) + waiting
             if line:
-                heappush(heads, (self.served(client), line[0].order, client))
+                key = self.served(client) + passed.get(client, 0.0)
+                heappush(heads, (key, line[0].order, client))
 
 
 def _order(entry: Entry) -> int:

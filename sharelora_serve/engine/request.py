@@ -100,9 +100,9 @@ class Request:
 
     @property
     def client(self) -> str:
-        """Between whom the scheduler is fair: tenants, or adapters where nobody has a key."""
+        """Between whom the scheduler is fair: tenants, or adapters where who asks is none."""
         if self.tenant is not None:
-            return self.tenant
+            return f"{self.tenant}/"  # no adapter is called so
         return "" if self.adapter is None else self.adapter.name
 
     @property

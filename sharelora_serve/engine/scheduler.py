@@ -1,6 +1,7 @@
 """What the next forward pass computes: admission, prefill chunks, preemption, in plain integers."""
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Protocol
@@ -90,6 +91,7 @@ class Scheduler:
         self._entries: dict[str, Entry] = {}
         self._waiting = FairQueue()
         self._running: list[Entry] = []
+        self._paused: set[Request] = set()  # in the last step
         self._asked: dict[str, AdapterVersion] = {}  # by key: waited for or prefetched
         self._num_arrived = 0
         self.num_preemptions = 0  # since the start
@@ -141,17 +143,18 @@ class Scheduler:
         are KV blocks for all its tokens besides those that running requests still need for their
         prompts and next tokens. Places and blocks are waited for in order. Adapters are not:
         while one loads, requests behind pass. When one finds no room, at most MAX_OVERTAKEN pass,
-        then nobody until it is admitted. An adapter that cannot be had fails its request alone.
+        then nobody whose turn comes after. An adapter that cannot be had fails its request alone.
 
         A preempted request gives up its blocks and its adapter, is queued before all others of
         its client, and is computed again later, output included. When KV blocks run out, it is
         the running request whose turn comes last, be it the one that needs them: so the first in
         turn always moves on. A step in which a stream needs that admits nobody. When somebody
-        waits for a place or for blocks, it is the last one of a client that runs more requests and
-        was served far more.
+        waits for a place or for blocks, it is the last ones of clients that run more requests and
+        were served far more, as many as it takes.
 
         A prompt that is first in turn and needs a little more than its chunk to be complete gets
-        the tokens of streams whose clients were served far more: they pause for the step.
+        the tokens of streams whose clients were served far more: they pause for the step, but
+        never for two in a row.
         """
         batch = Batch()
         num_preemptions = self.num_preemptions
@@ -199,6 +202,7 @@ class Scheduler:
         self.num_preemptions += 1
         self._running.remove(entry)
         batch.scheduled = [item for item in batch.scheduled if item.request is not entry.request]
+        batch.admitted = [request for request in batch.admitted if request is not entry.request]
         self._give_back(entry.request)
         self._waiting.put_back(entry)
 
@@ -219,9 +223,8 @@ class Scheduler:
                 first = first or chunk
                 batch.scheduled.append(chunk)
                 num_left -= num_tokens
-                self._charge_prompt(request, num_tokens)
-        if first is not None and first in batch.scheduled and not first.needs_logits:
-            self._pause_for(first, batch)
+                self._charge_prompt(entry, num_tokens)
+        self._paused = set() if first is None else self._pause_for(first, batch)
         self.lacks_room = Waiting.NO_ROOM in admission.asked.values()
         self._load_ahead(admission.asked)
 
@@ -231,17 +234,18 @@ class Scheduler:
             return False
         request = entry.request
         is_barred = any(passed.must_be_next for passed in admission.overtaken)
-        if is_barred or not (self._has_room(request) or self._makes_way(request)):
+        has_place = len(self._running) < self._max_running
+        if is_barred or not (has_place or self._in_the_way(request)):
             admission.is_open = False
-        if not admission.is_open or not self._take_adapter(entry, admission):
             return False
-        while not self._has_room(request):
-            last = self._makes_way(request)
-            if last is None:
-                self._give_back(request)
-                admission.is_open = False
-                return False
+        if not self._take_adapter(entry, admission):
+            return False
+        for last in self._in_the_way(request):
             self._preempt(last, admission.batch)
+        if not self._has_room(request):
+            self._give_back(request)
+            admission.is_open = False
+            return False
         for passed in admission.overtaken:
             passed.num_overtaken += 1
         entry.num_overtaken = 0
@@ -251,30 +255,36 @@ class Scheduler:
         self._kv_cache.match_prefix(request)
         return True
 
-    def _has_room(self, request: Request) -> bool:
-        """Whether a place is free, and blocks besides those that running requests need next."""
-        if len(self._running) == self._max_running:
+    def _has_room(self, request: Request, without: Sequence[Entry] = ()) -> bool:
+        """Whether a place is free, and blocks besides those that running requests need next.
+
+        `without` are running requests that are taken as preempted.
+        """
+        if len(self._running) - len(without) == self._max_running:
             return False
         num_reserved = sum(
             self._kv_cache.num_missing_blocks(entry.request, entry.request.num_tokens + 1)
             for entry in self._running
+            if entry not in without
         )
-        return self._kv_cache.can_start(request, num_reserved)
+        num_freed = sum(len(entry.request.block_table) for entry in without)
+        return self._kv_cache.can_start(request, num_reserved - num_freed)
 
-    def _makes_way(self, request: Request) -> Entry | None:
-        """The running request to preempt for a waiting one; see `schedule`."""
+    def _in_the_way(self, request: Request) -> list[Entry]:
+        """Whom to preempt for a waiting request: none if it has room or would still have none."""
+        last: list[Entry] = []
+        if self._has_room(request):
+            return last
         num_running = Counter(entry.request.client for entry in self._running)
         least = num_running[request.client] + 2  # one fewer must not be less than one more
-        return max(
-            (
-                entry
-                for entry in self._running
-                if num_running[entry.request.client] >= least
-                and self._had_far_more(entry.request, request)
-            ),
-            key=self._waiting.rank,
-            default=None,
-        )
+        for entry in sorted(self._running, key=self._waiting.rank, reverse=True):
+            client = entry.request.client
+            if num_running[client] >= least and self._had_far_more(entry.request, request):
+                last.append(entry)
+                num_running[client] -= 1
+                if self._has_room(request, last):
+                    return last
+        return []
 
     def _had_far_more(self, request: Request, other: Request) -> bool:
         served = self._waiting.served
@@ -301,27 +311,40 @@ class Scheduler:
         entry.request.page_table = pages
         return True
 
-    def _charge_prompt(self, request: Request, num_tokens: int) -> None:
-        """Count prompt tokens as served, unless they were before the request was preempted."""
-        if not request.output_ids:
-            self._waiting.charge(request.client, PROMPT_WEIGHT * num_tokens)
+    def _charge_prompt(self, entry: Entry, num_tokens: int) -> None:
+        """Count prompt tokens as served, but for those that were before it was preempted."""
+        request = entry.request
+        end = min(request.num_computed + num_tokens, len(request.prompt_ids))
+        num_new = end - max(entry.num_charged, request.num_computed)
+        if num_new > 0:
+            self._waiting.charge(request.client, PROMPT_WEIGHT * num_new)
+            entry.num_charged = end
 
-    def _pause_for(self, first: ScheduledRequest, batch: Batch) -> None:
-        """Complete a prompt with the tokens of streams whose clients were served far more."""
-        request = first.request
-        paused = [
-            item
+    def _pause_for(self, first: ScheduledRequest, batch: Batch) -> set[Request]:
+        """Complete a prompt with the tokens of streams whose clients were served far more.
+
+        They are returned; none if that would not complete it.
+        """
+        request, num_tokens = first.request, first.request.num_uncomputed
+        pausing = {
+            item.request
             for item in batch.scheduled
-            if item.request.num_uncomputed == 1 and self._had_far_more(item.request, request)
-        ]
-        num_tokens = request.num_uncomputed
-        if num_tokens - first.num_tokens > len(paused):
-            return
+            if item.request.num_uncomputed == 1
+            and item.request not in self._paused
+            and self._had_far_more(item.request, request)
+        }
+        num_missing = num_tokens - first.num_tokens
+        is_there = first in batch.scheduled  # and was not preempted after it
+        if not (is_there and 0 < num_missing <= len(pausing)):
+            return set()
         if not self._kv_cache.grow(request, num_tokens):
-            return
-        rest = [item for item in batch.scheduled if item not in paused and item is not first]
-        batch.scheduled = [*rest, ScheduledRequest(request, num_tokens)]
-        self._charge_prompt(request, num_tokens - first.num_tokens)
+            return set()
+        self._charge_prompt(self._entries[request.request_id], num_tokens)
+        batch.scheduled = [
+            item for item in batch.scheduled if item.request not in {request, *pausing}
+        ]
+        batch.scheduled.append(ScheduledRequest(request, num_tokens))
+        return pausing
 
     def _acquire(self, version: AdapterVersion) -> PageTable | Waiting:
         self._asked.pop(version.key, None)

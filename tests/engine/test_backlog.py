@@ -9,13 +9,13 @@ from sharelora_serve.engine.request import Request, SamplingParams
 from sharelora_serve.errors import OverloadedError, QueueFullError
 
 
-def make_request(name: str, tenant: str = "one") -> Request:
+def make_request(name: str, tenant: str = "one", arrived_at: float = 0.0) -> Request:
     return Request(
         name,
         None,
         [1],
         SamplingParams(max_tokens=1),
-        0.0,
+        arrived_at,
         deliver=lambda output: None,  # noqa: ARG005
         tenant=tenant,
     )
@@ -30,7 +30,7 @@ def test_pace_is_that_of_the_last_admissions() -> None:
         backlog.admit(request, float(second))
     assert len(backlog) == 10
     # One a second: the next would be the eleventh.
-    with pytest.raises(OverloadedError, match="10 of your requests") as refused:
+    with pytest.raises(OverloadedError, match="10 requests like this") as refused:
         backlog.add([requests[40]], 30.0)
     assert refused.value.retry_after_seconds == pytest.approx(1.0)
     backlog.admit(requests[30], 31.0)
@@ -41,10 +41,21 @@ def test_pace_is_that_of_the_last_admissions() -> None:
 def test_standstill_makes_the_wait_longer_and_others_are_not_concerned() -> None:
     backlog = Backlog(1000, 10.0)
     backlog.add([make_request("first")], 0.0)
-    assert backlog.add([make_request("second")], 4.0) == []
-    with pytest.raises(OverloadedError, match=r"2 of your requests.*about 15 s"):
-        backlog.add([make_request("third")], 5.0)
-    assert backlog.add([make_request("other", "other")], 5.0) == []
+    assert backlog.add([make_request("second")], 10.0) == []
+    with pytest.raises(OverloadedError, match=r"2 requests like this.*about 11 s"):
+        backlog.add([make_request("third")], 11.0)
+    assert backlog.add([make_request("other", "other")], 11.0) == []
+
+
+def test_one_that_hangs_has_nobody_refused_who_starts_at_once() -> None:
+    backlog = Backlog(1000, 10.0)
+    backlog.add([make_request("hangs")], 0.0)
+    for second in range(2, 40, 2):
+        request = make_request(str(second), arrived_at=float(second))
+        assert backlog.add([request], float(second)) == []
+        backlog.admit(request, second + 0.1)
+    burst = [make_request(f"burst-{index}", arrived_at=40.0) for index in range(50)]
+    assert backlog.add(burst, 40.0) == []
 
 
 def test_who_had_nobody_waiting_starts_anew() -> None:
@@ -70,6 +81,21 @@ def test_choices_of_one_request_wait_all_or_none() -> None:
     assert len(backlog) == 2
 
 
+def test_what_came_together_is_dropped_together_and_stays_once_it_has_begun() -> None:
+    backlog = Backlog(6, None)
+    first = [make_request(f"first-{index}", "many") for index in range(3)]
+    second = [make_request(f"second-{index}", "many") for index in range(3)]
+    backlog.add(first, 0.0)
+    backlog.add(second, 0.0)
+    assert backlog.add([make_request("one", "few")], 0.0) == [second]
+    assert len(backlog) == 4
+    backlog.add([make_request("two", "other"), make_request("three", "other")], 0.0)
+    backlog.admit(first[0], 1.0)
+    backlog.add([make_request("four", "another")], 1.0)
+    with pytest.raises(QueueFullError):
+        backlog.add([make_request("five", "last")], 1.0)
+
+
 @given(
     st.integers(1, 8),
     st.lists(st.tuples(st.sampled_from("abc"), st.integers(1, 3), st.booleans()), max_size=60),
@@ -88,10 +114,14 @@ def test_queue_is_never_above_its_bound_and_nobody_is_pushed_out_by_the_longer_l
             assert before + count > max_queue
         else:
             waiting[tenant] += requests
-            for request in reversed(dropped):
-                assert request.client != tenant
-                assert request is waiting[request.client].pop()
-                assert len(waiting[request.client]) >= len(waiting[tenant])
-        if leaves and waiting[tenant]:
-            backlog.remove(waiting[tenant].pop(0))
+            for group in dropped:
+                other = group[0].tenant or ""
+                assert other != tenant
+                assert group == waiting[other][-len(group) :]
+                del waiting[other][-len(group) :]
+                assert len(waiting[other]) >= len(waiting[tenant])
+        if leaves:
+            for request in requests:
+                backlog.remove(request)
+            waiting[tenant] = [each for each in waiting[tenant] if each not in requests]
         assert len(backlog) == sum(map(len, waiting.values())) <= max_queue

@@ -1,12 +1,14 @@
 """Clients that ask for more than their share, and what the others notice."""
 
 import random
+from itertools import pairwise
 
 import pytest
 
 from sharelora_serve.engine import fair_queue
 from sharelora_serve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
 from sharelora_serve.engine.request import Request
+from sharelora_serve.engine.scheduler import LOOK_AHEAD
 from tests.engine.rig import A, B, Rig, Shelf, alone
 
 
@@ -15,7 +17,7 @@ def client_tokens(rig: Rig, client: str) -> int:
         PROMPT_WEIGHT * min(request.num_computed, len(request.prompt_ids))
         + OUTPUT_WEIGHT * len(request.output_ids)
         for request in rig.requests
-        if request.client == client
+        if request.tenant == client
     )
 
 
@@ -95,7 +97,7 @@ def test_nobody_makes_way_for_who_was_served_alike() -> None:
     for _ in range(4):
         rig.add(4, tenant="one", max_tokens=30)
     rig.add(4, tenant="other", max_tokens=30)
-    rig.scheduler._waiting.charge("other", 50)
+    rig.scheduler._waiting.charge("other/", 50)
     rig.step()
     waiting = rig.add(4, tenant="other")
     for _ in range(5):
@@ -134,6 +136,67 @@ def test_streams_of_the_same_client_never_pause() -> None:
     step = rig.step()
     assert step is not None
     assert all(stream in step for stream in streams)
+
+
+def test_streams_never_pause_twice_in_a_row() -> None:
+    rig = Rig(prefill_chunk=8)
+    streams = start_streams(rig, 6)
+    steps = []
+    for index in range(6):
+        rig.add(12, tenant=f"quiet-{index}", max_tokens=1)
+        steps.append(rig.step())
+    paused = [step is not None and streams[0] not in step for step in steps]
+    assert paused[0]
+    assert not any(now and next_one for now, next_one in pairwise(paused))
+
+
+def test_nobody_is_preempted_where_that_would_not_make_enough_room() -> None:
+    rig = Rig(num_blocks=17, max_batch_tokens=64)  # 16 usable
+    rig.add(20, tenant="other", max_tokens=20)  # which nobody may take from
+    for _ in range(3):
+        rig.add(4, tenant="flood", max_tokens=12)
+    for _ in range(7):
+        rig.step()
+    rig.add(60, tenant="quiet", max_tokens=1)
+    rig.step()
+    assert rig.scheduler.num_preemptions == 0
+    rig.run()
+    assert rig.finished == set(rig.requests)
+
+
+def test_many_requests_that_wait_for_an_adapter_hide_nobody() -> None:
+    rig = Rig(shelf=Shelf(load_ticks=1000))
+    for _ in range(2 * LOOK_AHEAD):
+        rig.add(4, A, tenant="loading")
+    base = rig.add(4, tenant="quiet")
+    rig.step()
+    assert base.block_table
+
+
+def test_who_has_no_room_holds_up_nobody_whose_turn_is_before() -> None:
+    rig = Rig(shelf=Shelf(room=1), max_running=4)
+    rig.add(3, A, tenant="flood", max_tokens=90)
+    rig.step()
+    starved = rig.add(3, B, tenant="flood")
+    for _ in range(30):
+        rig.add(3, tenant="flood", max_tokens=1)
+    for _ in range(40):
+        rig.step()
+    assert not starved.block_table
+    assert rig.scheduler.num_waiting > 1  # it is next of its own
+    quiet = rig.add(3, tenant="quiet")
+    rig.step()
+    assert quiet.block_table
+
+
+def test_a_prompt_is_charged_once_however_often_it_is_preempted() -> None:
+    rig = Rig(num_blocks=9, max_batch_tokens=64, prefill_chunk=4)  # 8 usable
+    rig.add(3, tenant="first", max_tokens=26)
+    rig.step()
+    again = rig.add(18, tenant="again", max_tokens=2)
+    rig.run()
+    charged = PROMPT_WEIGHT * 18 + OUTPUT_WEIGHT * 2
+    assert rig.scheduler._waiting._served[again.client] / rig.scheduler._waiting._scale <= charged
 
 
 def test_counters_fade_and_the_forgotten_are_dropped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,15 +72,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         streams = [request for request in rig.requests if decoding(request)]
         first = min(rig.running, key=rig.turn, default=None)
         turns = {request: rig.turn(request) for request in rig.requests}
-        jumps = any(entry.must_be_next for entry in rig.scheduler._waiting.in_order())
         before = set(rig.running)
         step = rig.step()
         self.admitted |= before
         if step is None:
             return
-        # Only a prompt whose turn is before it, or one that must be next, keeps it out.
+        # Only a prompt whose turn is before it keeps it out.
         if first is not None and first not in step:
-            assert jumps or turns[first] > min(turns[request] for request in step)
+            assert turns[first] > min(turns[request] for request in step)
         assert sum(step.values()) <= rig.max_batch_tokens
         prompts = [request for request in step if request not in streams]
         # A stream that is not in the step was preempted in it, or pauses for somebody's prompt.
