@@ -17,9 +17,11 @@ from sharelora_serve.errors import ServeError
 # How many waiting requests one step looks at: bounds its cost when thousands wait for adapters.
 LOOK_AHEAD = 64
 
-# How many times what another client was served is so much more that streams may be paused or
-# preempted for the other. Less would have clients that are served alike disturb each other.
+# How many times what another client was served is far more: its streams may be paused or preempted
+# for the other's. With less, clients that are served alike would disturb each other.
 _FAR_MORE = 2
+
+MAX_PAUSES = 4  # in a row, of a stream: they are short steps
 
 # For how many distinct adapters of queued requests, besides those asked for in the step itself,
 # loading is started. More would only push out adapters that are still in use.
@@ -91,7 +93,7 @@ class Scheduler:
         self._entries: dict[str, Entry] = {}
         self._waiting = FairQueue()
         self._running: list[Entry] = []
-        self._paused: set[Request] = set()  # in the last step
+        self._paused: dict[Request, int] = {}  # in the last step, for how many in a row
         self._asked: dict[str, AdapterVersion] = {}  # by key: waited for or prefetched
         self._num_arrived = 0
         self.num_preemptions = 0  # since the start
@@ -154,7 +156,7 @@ class Scheduler:
 
         A prompt that is first in turn and needs a little more than its chunk to be complete gets
         the tokens of streams whose clients were served far more: they pause for the step, but
-        never for two in a row.
+        for MAX_PAUSES in a row at most.
         """
         batch = Batch()
         num_preemptions = self.num_preemptions
@@ -224,7 +226,7 @@ class Scheduler:
                 batch.scheduled.append(chunk)
                 num_left -= num_tokens
                 self._charge_prompt(entry, num_tokens)
-        self._paused = set() if first is None else self._pause_for(first, batch)
+        self._paused = {} if first is None else self._pause_for(first, batch)
         self.lacks_room = Waiting.NO_ROOM in admission.asked.values()
         self._load_ahead(admission.asked)
 
@@ -320,25 +322,22 @@ class Scheduler:
             self._waiting.charge(request.client, PROMPT_WEIGHT * num_new)
             entry.num_charged = end
 
-    def _pause_for(self, first: ScheduledRequest, batch: Batch) -> set[Request]:
-        """Complete a prompt with the tokens of streams whose clients were served far more.
-
-        They are returned; none if that would not complete it.
-        """
+    def _pause_for(self, first: ScheduledRequest, batch: Batch) -> dict[Request, int]:
+        """Complete a prompt with the tokens of streams that may pause; returned as in `_paused`."""
         request, num_tokens = first.request, first.request.num_uncomputed
         pausing = {
-            item.request
+            item.request: self._paused.get(item.request, 0) + 1
             for item in batch.scheduled
             if item.request.num_uncomputed == 1
-            and item.request not in self._paused
+            and self._paused.get(item.request, 0) < MAX_PAUSES
             and self._had_far_more(item.request, request)
         }
         num_missing = num_tokens - first.num_tokens
         is_there = first in batch.scheduled  # and was not preempted after it
         if not (is_there and 0 < num_missing <= len(pausing)):
-            return set()
+            return {}
         if not self._kv_cache.grow(request, num_tokens):
-            return set()
+            return {}
         self._charge_prompt(self._entries[request.request_id], num_tokens)
         batch.scheduled = [
             item for item in batch.scheduled if item.request not in {request, *pausing}

@@ -1,14 +1,14 @@
 """Clients that ask for more than their share, and what the others notice."""
 
 import random
-from itertools import pairwise
+from itertools import groupby
 
 import pytest
 
 from sharelora_serve.engine import fair_queue
 from sharelora_serve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
 from sharelora_serve.engine.request import Request
-from sharelora_serve.engine.scheduler import LOOK_AHEAD
+from sharelora_serve.engine.scheduler import LOOK_AHEAD, MAX_PAUSES
 from tests.engine.rig import A, B, Rig, Shelf, alone
 
 
@@ -138,16 +138,15 @@ def test_streams_of_the_same_client_never_pause() -> None:
     assert all(stream in step for stream in streams)
 
 
-def test_streams_never_pause_twice_in_a_row() -> None:
+def test_streams_pause_for_a_few_steps_in_a_row_at_most() -> None:
     rig = Rig(prefill_chunk=8)
     streams = start_streams(rig, 6)
     steps = []
-    for index in range(6):
+    for index in range(3 * MAX_PAUSES):
         rig.add(12, tenant=f"quiet-{index}", max_tokens=1)
         steps.append(rig.step())
     paused = [step is not None and streams[0] not in step for step in steps]
-    assert paused[0]
-    assert not any(now and next_one for now, next_one in pairwise(paused))
+    assert max(len(list(same)) for pauses, same in groupby(paused) if pauses) == MAX_PAUSES
 
 
 def test_nobody_is_preempted_where_that_would_not_make_enough_room() -> None:
