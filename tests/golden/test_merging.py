@@ -15,7 +15,7 @@ NAMES = ("lora", "share-a", "share-qkv-ab", "patterns", "some-layers-share-ab")
 
 
 class AtRandom(MergePolicy):
-    """Whatever the traffic: now and then merges one that has tokens, now and then un-merges."""
+    """Whatever the traffic: in most steps it merges one that has tokens, or un-merges."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -23,7 +23,7 @@ class AtRandom(MergePolicy):
         self._drawn = random.Random(seed)
 
     def observe(self, now: float, num_tokens: Mapping[str | None, int]) -> Merge | Unmerge | None:
-        if self._drawn.random() < 0.6:
+        if self._drawn.random() < 0.2:
             return None
         if self._merged is not None:
             self.unmerged(now)
