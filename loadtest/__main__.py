@@ -295,6 +295,9 @@ def step_command(
         list[int] | None, typer.Option(help="May be given several times; else 1, 8 and 32.")
     ] = None,
     threads: int | None = None,
+    adapter_memory: Annotated[
+        str, typer.Option(help="For adapters; all that are asked must fit.")
+    ] = "2GiB",
     new_tokens: Annotated[int, typer.Option(min=4)] = 80,
     rounds: Annotated[int, typer.Option(min=1)] = 3,
     output: Annotated[Path | None, typer.Option(help="File for the figures as JSON.")] = None,
@@ -307,6 +310,7 @@ def step_command(
             adapters,
             streams=streams or [1, 8, 32],
             threads=threads,
+            adapter_memory=adapter_memory,
             num_tokens=new_tokens,
             rounds=rounds,
         )

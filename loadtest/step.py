@@ -87,18 +87,26 @@ def measure_steps(
     *,
     streams: Sequence[int],
     threads: int | None,
+    adapter_memory: str,
     num_tokens: int,
     rounds: int,
     model: str | None = None,
 ) -> StepTimes:
     """Decode with so many streams on the base, and on as many adapters if there is a folder.
 
-    num_tokens  of every answer; its second half is measured
-    rounds      of every load, the medians of which are given
+    adapter_memory  what --adapter-memory takes; too little, and streams wait for each other
+    num_tokens      of every answer; its second half is measured
+    rounds          of every load, the medians of which are given
     """
     kernels = TimedKernels()
     with tempfile.TemporaryDirectory() as store:
-        settings = {"model": model, "adapters": adapters, "store": store, "threads": threads}
+        settings = {
+            "model": model,
+            "adapters": adapters,
+            "adapter_memory": adapter_memory,
+            "store": store,
+            "threads": threads,
+        }
         given = {name: value for name, value in settings.items() if value is not None}
         config = ServeConfig(**given, device="cpu", prefix_cache=False, max_running=max(streams))
         loaded = load_engine(config, kernels=kernels)
