@@ -319,6 +319,35 @@ def step_command(
     typer.echo(times.as_markdown())
 
 
+@app.command()
+def training(
+    data: Annotated[Path, typer.Argument(help="As sharelora-serve train takes it.")],
+    user: Annotated[str | None, typer.Option(help="As of sharelora-serve train.")] = None,
+    assistant: Annotated[str | None, typer.Option(help="As of sharelora-serve train.")] = None,
+    model: Annotated[str | None, typer.Option(help="Folder or hub id of the base.")] = None,
+    rank: int = 16,
+    batch_size: int = 8,
+    steps: Annotated[int, typer.Option(min=1)] = 20,
+    rounds: Annotated[int, typer.Option(min=1)] = 3,
+) -> None:
+    """Tokens per second of training, against PEFT with transformers' Trainer in turn."""
+    from loadtest.training import measure_training
+    from sharelora_serve.adapters.layout import MODULES
+    from sharelora_serve.training.counts import Method
+    from sharelora_serve.training.data import Template
+    from sharelora_serve.training.settings import TrainSettings
+
+    template = None if user is None or assistant is None else Template(user, assistant)
+    settings = TrainSettings(
+        MODULES, Method(""), rank=rank, alpha=2.0 * rank, batch_size=batch_size
+    )
+    with _one_message():
+        text = measure_training(
+            data, template, model=model, settings=settings, num_steps=steps, rounds=rounds
+        )
+    typer.echo(text)
+
+
 def _tell(measure: Callable[[], Report]) -> None:
     """Print what was measured; exit with 1 if it failed, or could not be measured at all."""
     with _one_message():

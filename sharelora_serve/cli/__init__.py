@@ -1,9 +1,11 @@
-"""The command line: serve, chat, adapters and keys.
+"""The command line: serve, chat, adapters, keys, train and params.
 
 sharelora-serve serve      one base and its adapters over HTTP
 sharelora-serve chat       talk to a model of a running server
 sharelora-serve adapters   of a running server, of files and of a store
 sharelora-serve keys       create, list and revoke API keys
+sharelora-serve train      from a data file to an adapter
+sharelora-serve params     what each form of an adapter costs
 """
 
 import typer
@@ -12,8 +14,10 @@ from sharelora_serve import __version__
 from sharelora_serve.cli.adapters import adapters
 from sharelora_serve.cli.chat import chat
 from sharelora_serve.cli.keys import keys
+from sharelora_serve.cli.params import params
 from sharelora_serve.cli.published import published
 from sharelora_serve.cli.serve import serve
+from sharelora_serve.cli.train import train
 
 app = typer.Typer(
     name="sharelora-serve",
@@ -32,6 +36,8 @@ all_adapters.add_typer(published)
 all_adapters.add_typer(adapters)
 app.add_typer(all_adapters, name="adapters")
 app.add_typer(keys, name="keys")
+app.command()(train)
+app.command()(params)
 
 
 def _show_version(wanted: bool) -> None:

@@ -1,0 +1,148 @@
+"""One training run: a base, the rows it learns from, and the folder that the adapter goes to."""
+
+import hashlib
+import shutil
+import threading
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.utils import logging
+
+from sharelora_serve.config import ServeConfig
+from sharelora_serve.models.config import load_model_config
+from sharelora_serve.models.source import base_folder
+from sharelora_serve.training.card import DataSource, write_card
+from sharelora_serve.training.data import Row, Template, hold_out, read_rows
+from sharelora_serve.training.export import export
+from sharelora_serve.training.factors import add_factors
+from sharelora_serve.training.settings import TrainSettings
+from sharelora_serve.training.trainer import Progress, Trained, Trainer
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A prompt of the data, to try the adapter with.
+
+    line  of the data, where it stands
+    """
+
+    text: str
+    prompt_ids: list[int]
+    num_answer_tokens: int
+    line: int
+
+
+class Run:
+    """Reads the data at once, so that nothing is trained if a line of it is wrong."""
+
+    def __init__(
+        self,
+        model: str | None,
+        data: Path,
+        output: Path,
+        settings: TrainSettings,
+        template: Template | None,
+        num_held_out: int,
+    ) -> None:
+        """`model` is a folder, a hub id or None for the embedded base.
+
+        Raises ConfigurationError for data and settings that are wrong, UnsupportedModelError.
+        """
+        self._folder = base_folder(model)
+        config = load_model_config(self._folder)
+        self._base = ServeConfig(model=model).base_name
+        self._layout = config.layout(self._base)
+        max_length = settings.max_length or config.max_model_len
+        self._settings = replace(settings, max_length=max_length)
+        self._data, self._output, self._template = data, output, template
+        self._tokenizer = AutoTokenizer.from_pretrained(self._folder)
+        rows = read_rows(data, self._tokenizer, max_length, template)
+        self._rows, self._held_out = hold_out(rows, num_held_out, settings.seed)
+        self._digest = hashlib.sha256(data.read_bytes()).hexdigest()
+
+    @property
+    def checkpoints(self) -> Path:
+        """Where the run's state is kept until the adapter is written."""
+        return self._output.with_name(f"{self._output.name}.checkpoint")
+
+    def train(
+        self,
+        *,
+        save_every: int,
+        evaluate_every: int,
+        resume: bool,
+        stop: threading.Event,
+        report: Callable[[Progress], None],
+    ) -> Trained:
+        """Take the steps, or those that are left; see Trainer.train."""
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32)
+        self._factors = add_factors(model, self._layout, self._settings)
+        trainer = Trainer(
+            model, self._factors, self._rows, self._held_out, self._settings, self._identity()
+        )
+        self._trained = trainer.train(
+            self.checkpoints,
+            save_every=save_every,
+            evaluate_every=evaluate_every,
+            resume=resume,
+            stop=stop,
+            report=report,
+        )
+        return self._trained
+
+    def write(
+        self, dtype: torch.dtype, data_name: str | None, licence: str | None, command: str
+    ) -> None:
+        """Write the adapter, stored as dtype, and its card; the checkpoint goes then.
+
+        Raises ConfigurationError if the factors do not fit dtype, FileExistsError, OSError.
+        """
+        adapter = export(
+            self._factors, self._layout, self._settings, self._base, self._output, dtype
+        )
+        source = DataSource(
+            file=self._data,
+            digest=self._digest,
+            num_rows=len(self._rows),
+            num_held_out=len(self._held_out),
+            template=self._template,
+            name=data_name,
+            licence=licence,
+        )
+        write_card(
+            self._output, self._layout, self._settings, source, self._trained,
+            adapter.num_bytes, command,
+        )  # fmt: skip
+        shutil.rmtree(self.checkpoints)
+
+    def question(self) -> Question:
+        """One of the held-out rows, or of all if none is held out."""
+        row: Row = (self._held_out or self._rows)[0]
+        prompt_ids = list(row.prompt_ids)
+        text = str(self._tokenizer.decode(prompt_ids, skip_special_tokens=True))
+        return Question(text.strip(), prompt_ids, len(row.answer_ids), row.line)
+
+    def _identity(self) -> dict[str, Any]:
+        """What decides the weights, as a checkpoint keeps it in JSON."""
+        settings = asdict(self._settings)
+        method = settings.pop("method")
+        template = None if self._template is None else asdict(self._template)
+        return {
+            "base": self._base,
+            "data": self._digest,
+            "held_out": len(self._held_out),
+            "template": template,
+            **{name: _plain(value) for name, value in settings.items()},
+            **{name: _plain(value) for name, value in method.items()},
+        }
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, tuple):
+        return list(value)
+    return str(value) if isinstance(value, Path) else value

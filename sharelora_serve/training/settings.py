@@ -1,0 +1,88 @@
+"""What a training run is told: all that decides the weights it ends with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from sharelora_serve.adapters.layout import MODULES
+from sharelora_serve.adapters.naming import QKV_MODULES
+from sharelora_serve.errors import ConfigurationError
+from sharelora_serve.training.counts import Method
+
+Schedule = Literal["linear", "cosine", "constant"]
+
+
+@dataclass(frozen=True, slots=True)
+class TrainSettings:
+    """The settings of a run. Equal settings and data give equal weights on the same machine.
+
+    modules        of MODULES, which are adapted
+    method         which factors layers share, and which are trained
+    freeze_a_from  where a frozen A comes from: a seed, or an adapter's folder; None for `seed`
+    alpha          delta W = alpha / rank * B A, or alpha / sqrt(rank) * B A if rslora
+    warm_up        share of the steps in which the learning rate rises
+    num_steps      None for as many as num_epochs has
+    batch_size     rows in a step
+    max_length     tokens of a row, prompt and answer; None for the base's context
+    """
+
+    modules: tuple[str, ...]
+    method: Method
+    freeze_a_from: int | Path | None = None
+    rank: int = 16
+    alpha: float = 32.0
+    rslora: bool = False
+    dropout: float = 0.0
+    learning_rate: float = 3e-3
+    schedule: Schedule = "linear"
+    warm_up: float = 0.05
+    num_steps: int | None = None
+    num_epochs: float = 1.0
+    batch_size: int = 8
+    max_length: int | None = None
+    seed: int = 0
+
+    @property
+    def scaling(self) -> float:
+        """The factor of B A, as PEFT computes it; rsLoRA is arXiv 2312.03732."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+def choose_modules(text: str) -> tuple[str, ...]:
+    """Modules by their names, such as "q_proj,v_proj" or "all-linear", in the order of MODULES.
+
+    Raises ConfigurationError if a name is not one of a supported base.
+    """
+    if text == "all-linear":
+        return MODULES
+    short = {module.rpartition(".")[2]: module for module in MODULES}
+    short |= {name.removesuffix("_proj"): module for name, module in short.items()}
+    names = [name.strip() for name in text.split(",")]
+    unknown = [name for name in names if short.get(name, name) not in MODULES]
+    if unknown:
+        raise ConfigurationError(
+            f"no base has a module {', '.join(map(repr, unknown))}; name some of "
+            f"{', '.join(module.rpartition('.')[2] for module in MODULES)}, or all-linear"
+        )
+    chosen = {short.get(name, name) for name in names}
+    return tuple(module for module in MODULES if module in chosen)
+
+
+def check_method(method: Method, modules: tuple[str, ...]) -> None:
+    """Raise ConfigurationError if the parts of a method do not go together."""
+    if method.share_only is not None:
+        if not method.share:
+            raise ConfigurationError("--share-only says where layers share; give --share too")
+        missing = [module for module in method.share_only if module not in modules]
+        if missing:
+            raise ConfigurationError(
+                f"--share-only names {', '.join(missing)}, which --modules leaves out"
+            )
+    if method.share_qkv:
+        if "A" not in method.share:
+            raise ConfigurationError("--share-qkv shares an A; give --share A or AB too")
+        qkv = [module for module in QKV_MODULES if method.shares(module, "A")]
+        if len([module for module in qkv if module in modules]) < 2:
+            raise ConfigurationError(
+                "--share-qkv needs at least two of q_proj, k_proj and v_proj that share"
+            )

@@ -1,0 +1,108 @@
+"""The linear layers of any model that transformers knows, from its configuration alone."""
+
+import re
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModel
+from transformers.pytorch_utils import Conv1D
+
+from sharelora_serve.errors import ConfigurationError, UnsupportedModelError
+
+_IN_A_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h)\.(\d+)\.(.+)")
+_QKV = re.compile(r"(q_proj|k_proj|v_proj|query|key|value|c_attn(\.[qkv])?)$")
+
+ALL_LINEAR = "all-linear"
+
+
+@dataclass(frozen=True, slots=True)
+class LinearShapes:
+    """The linear layers that every layer of a model has.
+
+    num_layers  layers of the model
+    shapes      module, such as self_attn.q_proj -> (in_features, out_features)
+    parts       what --modules may name too: the q, k and v of a fused layer, each with its own
+                factors, as loralib has them and PEFT has not
+    """
+
+    num_layers: int
+    shapes: dict[str, tuple[int, int]]
+    parts: dict[str, tuple[int, int]]
+
+    def choose(self, modules: str) -> dict[str, tuple[int, int]]:
+        """The shapes of the modules named, such as "q_proj,v_proj" or "all-linear".
+
+        A name may leave out what stands before a dot. Raises ConfigurationError if it names none.
+        """
+        if modules == ALL_LINEAR:
+            return dict(self.shapes)
+        known = {**self.shapes, **self.parts}
+        chosen: dict[str, tuple[int, int]] = {}
+        for name in (text.strip() for text in modules.split(",")):
+            found = {each: of for each, of in known.items() if f".{each}".endswith(f".{name}")}
+            if not found or not name:
+                raise ConfigurationError(
+                    f"the model has no module {name!r}; it has {', '.join(known)}; "
+                    f"name some of them, or {ALL_LINEAR}"
+                )
+            chosen.update(found)
+        return chosen
+
+
+def reads_as_qkv(module: str) -> bool:
+    """Whether a module is q, k or v, which read the same input."""
+    return _QKV.search(module) is not None
+
+
+def read_linear_shapes(folder: Path) -> LinearShapes:
+    """The linear layers of the model whose config.json is in the folder; no weights are needed.
+
+    Raises UnsupportedModelError if transformers does not know the model, or its layers differ.
+    """
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        with torch.device("meta"):
+            model = AutoModel.from_config(config)  # type: ignore[no-untyped-call]
+    except (OSError, ValueError, KeyError) as error:
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} is not the configuration of a model: {error}"
+        ) from error
+    of_module: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
+    for name, module in model.named_modules():
+        place = _IN_A_LAYER.search(name)
+        if place is not None and (shape := _shape(module)) is not None:
+            of_module[place[2]][int(place[1])] = shape
+    num_layers = max((len(layers) for layers in of_module.values()), default=0)
+    uneven = [
+        module
+        for module, layers in of_module.items()
+        if len(layers) < num_layers or len(set(layers.values())) > 1
+    ]
+    if not of_module or uneven:
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'}: expected layers that all have the same linear modules; "
+            + (f"{', '.join(uneven)} differ from layer to layer" if uneven else "it has none")
+        )
+    shapes = {module: layers[0] for module, layers in of_module.items()}
+    return LinearShapes(num_layers, shapes, _parts(shapes))
+
+
+def _shape(module: nn.Module) -> tuple[int, int] | None:
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    if isinstance(module, Conv1D):
+        return module.nx, module.nf
+    return None
+
+
+def _parts(shapes: dict[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+    """The three outputs of GPT-2's fused c_attn."""
+    return {
+        f"{module}.{part}": (in_features, out_features // 3)
+        for module, (in_features, out_features) in shapes.items()
+        if module.endswith("c_attn")
+        for part in "qkv"
+    }
