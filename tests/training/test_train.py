@@ -1,14 +1,15 @@
 """The command train: runs that stop and go on, what they write, and who can load it."""
 
 import random
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -93,6 +94,15 @@ def start(data: Path, output: Path, model: Path, *options: str) -> "subprocess.P
     )
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """In this process too, as --threads 1 leaves it."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
     number: signal.Signals, data: Path, tmp_path: Path, model_folder: Path, seed: int
@@ -113,10 +123,8 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
     others = train(data, stopped, model_folder, *options, "--resume", "--alpha", "5")
     assert others.exit_code == 2
     assert "alpha: 8.0 then, 5.0 now" in others.output
-    with start(data, stopped, model_folder, *options, "--resume") as process:
-        assert process.wait() == 0
-    with start(data, tmp_path / "whole", model_folder, *options) as process:
-        assert process.wait() == 0
+    trained(data, stopped, model_folder, *options, "--resume")
+    trained(data, tmp_path / "whole", model_folder, *options)
     found = load_file(stopped / "adapter_model.safetensors")
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
     assert found.keys() == expected.keys()
@@ -219,16 +227,32 @@ def test_a_rate_that_is_too_high_is_told(data: Path, tmp_path: Path, model_folde
 def test_what_is_trained_is_published_and_answers_from_the_server(
     data: Path, tmp_path: Path, model_folder: Path
 ) -> None:
-    shutil.copytree(model_folder, tmp_path / "tiny")
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    prompts = {row.line: row for row in read_rows(data, tokenizer, 512)}
     with running_server(
-        tmp_path / "log", "--model", str(tmp_path / "tiny"), "--dtype", "float32"
+        tmp_path / "log", "--model", str(model_folder), "--dtype", "float32"
     ) as server:
-        for _ in range(2):  # the second time it is a new version
+        for steps in ("20", "30"):  # the second time it is a new version
             shutil.rmtree(tmp_path / "out", ignore_errors=True)
-            options = ("--epochs", "12", "--publish", server.url, "--name", "acme")
-            said = trained(data, tmp_path / "out", tmp_path / "tiny", *options)
-            assert "acme answers:\n" in said
-            assert set(said.partition("acme answers:\n")[2].split()) & set(WORDS)
+            options = ("--steps", steps, "--publish", server.url, "--name", "acme")
+            said = trained(data, tmp_path / "out", model_folder, *options)
+            asked = re.search(r"Asked with line (\d+) of the data:", said)
+            assert asked is not None
+            row = prompts[int(asked[1])]
+            assert tokenizer.decode(row.prompt_ids, skip_special_tokens=True).strip() in said
+            with server.openai() as client:
+                of_adapter, of_base = (
+                    client.completions.create(
+                        model=name,
+                        prompt=list(row.prompt_ids),
+                        max_tokens=len(row.answer_ids) + 16,
+                        temperature=0,
+                    )
+                    for name in ("acme", "tiny")
+                )
+            assert said.endswith(f"acme answers:\n{of_adapter.choices[0].text.strip()}\n")
+            assert of_adapter.choices[0].text != of_base.choices[0].text
         with server.http() as http:
-            response: httpx.Response = http.get("/v1/adapters/acme")
-        assert response.json()["sharing"] == "ShareA"
+            published = http.get("/v1/adapters/acme").json()
+        assert published["sharing"] == "ShareA"
+        assert len(published["versions"]) == 2
