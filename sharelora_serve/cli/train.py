@@ -4,7 +4,7 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # slow imports, which --help need not wait for
     from sharelora_serve.training.settings import TrainSettings
     from sharelora_serve.training.trainer import Progress
 
+_NOT_ON_THE_CARD = ("--api-key", "--publish", "--name")
 _STOPPED = 130  # as a shell has it for a command that Ctrl-C ended
 
 
@@ -214,8 +215,7 @@ def train(
                 err=True,
             )
             raise typer.Exit(_STOPPED)
-        command = shlex.join(["sharelora-serve", *sys.argv[1:]])
-        run.write(getattr(torch, dtype.value), data_name, licence, command)
+        run.write(getattr(torch, dtype.value), data_name, licence, _command(sys.argv[1:]))
         show(
             f"Wrote {output}: {trained.num_steps} steps, {trained.tokens_per_second:.0f} "
             f"tokens/s, loss of the last {trained.curve[-1].loss:.4f}."
@@ -224,6 +224,20 @@ def train(
         add_adapter(name, output, True, None, publish, api_key)
         with one_message():
             _ask(run, name, publish, api_key)
+
+
+def _command(words: Sequence[str]) -> str:
+    """The command for the card, which others read: without the key and where it was published."""
+    kept, is_value = ["sharelora-serve"], False
+    for word in words:
+        option, equals, _ = word.partition("=")
+        if option in _NOT_ON_THE_CARD:
+            is_value = not equals
+        elif not is_value and word != "--resume":
+            kept.append(word)
+        else:
+            is_value = False
+    return shlex.join(kept)
 
 
 def _prepare(

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import random
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,8 +223,6 @@ def hold_out(rows: list[Row], count: int, seed: int) -> tuple[list[Row], list[Ro
     """
     if not count:
         return rows, []
-    import random
-
     prompts = list(dict.fromkeys(row.prompt_ids for row in rows))
     random.Random(f"held out {seed}").shuffle(prompts)
     num_rows: dict[tuple[int, ...], int] = dict.fromkeys(prompts, 0)

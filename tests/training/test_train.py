@@ -132,13 +132,17 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
     assert not checkpoint.parent.exists()
 
 
-def test_the_loss_falls_and_the_card_tells_the_run(
-    data: Path, tmp_path: Path, model_folder: Path
+def test_the_loss_falls_and_the_card_tells_the_run_but_no_key(
+    data: Path, tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "learnt"
     options = ("--epochs", "12", "--data-name", "Words", "--licence", "CC0-1.0")
+    secret = ("--api-key", "slk_secret", "--publish=http://here", "--name", "acme", "--resume")
+    words = ["sharelora-serve", "train", str(data), *secret, str(output), *options]
+    monkeypatch.setattr(sys, "argv", words)
     trained(data, output, model_folder, *options)
     card = (output / "README.md").read_text()
+    assert f"    sharelora-serve train {data} {output} {' '.join(options)}\n" in card
     for text in ("# learnt", "ShareA", "Words", "CC0-1.0", "35 trained on, 5 held out"):
         assert text in card
     curve = [line.split("|") for line in card.partition("## Curve")[2].splitlines()]
