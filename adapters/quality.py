@@ -1,6 +1,6 @@
 """Train every form of adapter on the same rows and steps, and score each as it is served.
 
-python adapters/quality.py DATA docs/quality/runs.jsonl
+PYTHONPATH=. python adapters/quality.py DATA docs/quality/runs.jsonl
 
 DATA holds banking77/, e2e/ and gsm8k/ as their authors publish them. Runs that the results have
 already are left out, so it can be stopped and started again at any time.

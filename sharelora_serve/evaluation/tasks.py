@@ -92,10 +92,7 @@ def _score_labels(questions: Sequence[Question], answers: Sequence[str]) -> Scor
         answer == question.references[0]
         for question, answer in zip(questions, answers, strict=True)
     ]
-    labels = {question.references[0] for question in questions}
-    return accuracy_scores("accuracy", right) | accuracy_scores(
-        "a label at all", [answer in labels for answer in answers]
-    )
+    return accuracy_scores("accuracy", right)
 
 
 def _score_worked(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
