@@ -1,1 +1,1 @@
-"""Evaluation of served models on E2E, Banking77 and GSM8K, over HTTP."""
+"""Evaluation on E2E, Banking77 and GSM8K: questions, scores and reports."""
