@@ -21,6 +21,7 @@ from sharelora_serve.config import EMBEDDED_MODEL_NAME, environment_variable
 from sharelora_serve.errors import ConfigurationError
 
 if TYPE_CHECKING:  # slow imports, which --help need not wait for
+    from sharelora_serve.training.counts import Method
     from sharelora_serve.training.data import Template
     from sharelora_serve.training.run import Run
     from sharelora_serve.training.settings import TrainSettings
@@ -185,6 +186,8 @@ def train(
     """
     import torch  # slow to import, which --help need not wait for
 
+    from sharelora_serve.training.settings import TrainSettings
+
     with one_message():
         if output.exists():
             raise ConfigurationError(f"{output} exists; remove it or give another folder")
@@ -193,12 +196,14 @@ def train(
         if publish is not None:
             with connect(publish, api_key) as client:  # first, so that no run is in vain
                 parse_answer(client.get("/v1/models"))
-        settings = _settings(
-            share=share, modules=modules, share_only=share_only, share_qkv=share_qkv,
-            freeze_a=freeze_a, freeze_a_from=freeze_a_from, rank=rank,
+        freeze_a = freeze_a or freeze_a_from is not None
+        chosen, method = _method(share, modules, share_only, share_qkv, freeze_a)
+        settings = TrainSettings(
+            modules=chosen, method=method, freeze_a_from=_seed_or_path(freeze_a_from), rank=rank,
             alpha=2.0 * rank if alpha is None else alpha, rslora=rslora, dropout=dropout,
-            learning_rate=learning_rate, schedule=schedule, warm_up=warm_up, num_steps=steps,
-            num_epochs=epochs, batch_size=batch_size, seed=seed, max_length=max_length,
+            learning_rate=learning_rate, schedule=schedule.value, warm_up=warm_up,
+            num_steps=steps, num_epochs=epochs, batch_size=batch_size, seed=seed,
+            max_length=max_length,
         )  # fmt: skip
         run = _prepare(model, data, output, settings, _template(user, assistant), held_out, threads)
         with _shown() as report, _stopped_by_signals() as stop:
@@ -272,31 +277,30 @@ def _template(user: str | None, assistant: str | None) -> "Template | None":
     return Template(user, assistant)
 
 
-def _settings(
-    *,
-    share: Share,
-    modules: str,
-    share_only: str | None,
-    share_qkv: bool,
-    freeze_a: bool,
-    freeze_a_from: str | None,
-    **others: Any,  # noqa: ANN401 - of many types, each named in TrainSettings
-) -> "TrainSettings":
+def _method(
+    share: Share, modules: str, share_only: str | None, share_qkv: bool, freeze_a: bool
+) -> "tuple[tuple[str, ...], Method]":
+    """The modules and how they are trained, checked to go together."""
+    from sharelora_serve.adapters.layout import MODULES
     from sharelora_serve.training.counts import Method
-    from sharelora_serve.training.settings import TrainSettings, check_method, choose_modules
+    from sharelora_serve.training.settings import check_method
+    from sharelora_serve.training.shapes import choose_modules
 
-    chosen = choose_modules(modules)
+    chosen = choose_modules(modules, MODULES, MODULES)
     method = Method(
         share="" if share is Share.NONE else share.value,
-        share_only=None if share_only is None else choose_modules(share_only),
+        share_only=None if share_only is None else choose_modules(share_only, MODULES, MODULES),
         share_qkv=share_qkv,
-        freeze_a=freeze_a or freeze_a_from is not None,
+        freeze_a=freeze_a,
     )
     check_method(method, chosen)
-    source: int | Path | None = None
-    if freeze_a_from is not None:
-        source = int(freeze_a_from) if freeze_a_from.isdecimal() else Path(freeze_a_from)
-    return TrainSettings(modules=chosen, method=method, freeze_a_from=source, **others)
+    return chosen, method
+
+
+def _seed_or_path(text: str | None) -> int | Path | None:
+    if text is None:
+        return None
+    return int(text) if text.isdecimal() else Path(text)
 
 
 def _ask(run: "Run", name: str, url: str, api_key: str | None) -> None:

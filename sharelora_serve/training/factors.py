@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sharelora_serve.adapters.format import read_adapter
 from sharelora_serve.adapters.layout import BaseLayout
-from sharelora_serve.adapters.naming import QKV_MODULES
+from sharelora_serve.adapters.naming import QKV, QKV_MODULES
 from sharelora_serve.errors import AdapterInvalidError, ConfigurationError
 from sharelora_serve.training.settings import TrainSettings
 
@@ -92,7 +92,7 @@ def _owners(
                 at = _ALL_LAYERS if method.shares(module, side) else number
                 owner = module
                 if side == "A" and at < 0 and method.share_qkv and module in QKV_MODULES:
-                    owner = "self_attn.qkv"
+                    owner = QKV
                 holders.setdefault((at, owner, side), []).append(of_side[_NAME])
     yield from holders.items()
 
@@ -112,7 +112,7 @@ def _fill(
             generator = torch.Generator().manual_seed(_seed_of(seed, layer, module))
             parameter.data.uniform_(-bound, bound, generator=generator)
         else:
-            place = QKV_MODULES[0] if module == "self_attn.qkv" else module
+            place = QKV_MODULES[0] if module == QKV else module
             parameter.data.copy_(given[max(layer, 0), place])
         parameter.requires_grad_(not settings.method.freeze_a)
 

@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -137,9 +137,18 @@ class Run:
             "data": self._digest,
             "held_out": len(self._held_out),
             "template": template,
+            "frozen": _digest(a for a, _ in self._factors.pairs.values() if not a.requires_grad),
             **{name: _plain(value) for name, value in settings.items()},
             **{name: _plain(value) for name, value in method.items()},
         }
+
+
+def _digest(factors: Iterable[torch.Tensor]) -> str:
+    """Tells frozen factors apart: an adapter may have changed under its name."""
+    digest = hashlib.sha256()
+    for factor in {id(factor): factor for factor in factors}.values():
+        digest.update(factor.detach().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _plain(value: object) -> object:

@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from sharelora_serve.adapters.layout import MODULES
 from sharelora_serve.adapters.naming import QKV_MODULES
 from sharelora_serve.errors import ConfigurationError
 from sharelora_serve.training.counts import Method
@@ -46,26 +45,6 @@ class TrainSettings:
     def scaling(self) -> float:
         """The factor of B A, as PEFT computes it; rsLoRA is arXiv 2312.03732."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
-
-
-def choose_modules(text: str) -> tuple[str, ...]:
-    """Modules by their names, such as "q_proj,v_proj" or "all-linear", in the order of MODULES.
-
-    Raises ConfigurationError if a name is not one of a supported base.
-    """
-    if text == "all-linear":
-        return MODULES
-    short = {module.rpartition(".")[2]: module for module in MODULES}
-    short |= {name.removesuffix("_proj"): module for name, module in short.items()}
-    names = [name.strip() for name in text.split(",")]
-    unknown = [name for name in names if short.get(name, name) not in MODULES]
-    if unknown:
-        raise ConfigurationError(
-            f"no base has a module {', '.join(map(repr, unknown))}; name some of "
-            f"{', '.join(module.rpartition('.')[2] for module in MODULES)}, or all-linear"
-        )
-    chosen = {short.get(name, name) for name in names}
-    return tuple(module for module in MODULES if module in chosen)
 
 
 def check_method(method: Method, modules: tuple[str, ...]) -> None:

@@ -2,6 +2,7 @@
 
 import re
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,8 +15,6 @@ from sharelora_serve.errors import ConfigurationError, UnsupportedModelError
 
 _IN_A_LAYER = re.compile(r"(?:^|\.)(?:layers|layer|h)\.(\d+)\.(.+)")
 _QKV = re.compile(r"(q_proj|k_proj|v_proj|query|key|value|c_attn(\.[qkv])?)$")
-
-ALL_LINEAR = "all-linear"
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,23 +32,30 @@ class LinearShapes:
     parts: dict[str, tuple[int, int]]
 
     def choose(self, modules: str) -> dict[str, tuple[int, int]]:
-        """The shapes of the modules named, such as "q_proj,v_proj" or "all-linear".
+        """The shapes of the modules that a text names; see choose_modules."""
+        names = choose_modules(modules, (*self.shapes, *self.parts), self.shapes)
+        return {name: {**self.shapes, **self.parts}[name] for name in names}
 
-        A name may leave out what stands before a dot. Raises ConfigurationError if it names none.
-        """
-        if modules == ALL_LINEAR:
-            return dict(self.shapes)
-        known = {**self.shapes, **self.parts}
-        chosen: dict[str, tuple[int, int]] = {}
-        for name in (text.strip() for text in modules.split(",")):
-            found = {each: of for each, of in known.items() if f".{each}".endswith(f".{name}")}
-            if not found or not name:
-                raise ConfigurationError(
-                    f"the model has no module {name!r}; it has {', '.join(known)}; "
-                    f"name some of them, or {ALL_LINEAR}"
-                )
-            chosen.update(found)
-        return chosen
+
+def choose_modules(text: str, known: Iterable[str], all_linear: Iterable[str]) -> tuple[str, ...]:
+    """The known modules that a text names, such as "q_proj,v_proj", in their order.
+
+    "all-linear" is what it says. A name may be the last part of a module's alone, without _proj
+    too. Raises ConfigurationError, with what is known, if one names none.
+    """
+    if text == "all-linear":
+        return tuple(all_linear)
+    known = tuple(known)
+    chosen: set[str] = set()
+    for name in (name.strip() for name in text.split(",")):
+        ending = f".{name.removesuffix('_proj')}"
+        found = {module for module in known if f".{module}".removesuffix("_proj").endswith(ending)}
+        if not found:
+            raise ConfigurationError(
+                f"there is no module {name!r}; name some of {', '.join(known)}, or all-linear"
+            )
+        chosen |= found
+    return tuple(module for module in known if module in chosen)
 
 
 def reads_as_qkv(module: str) -> bool:

@@ -104,9 +104,9 @@ def test_lora_counts_as_peft_does(
 
 def test_a_module_that_the_model_lacks_is_named_with_those_it_has(tmp_path: Path) -> None:
     MODELS["GPT-2 medium"].save_pretrained(tmp_path)
-    result = CliRunner().invoke(app, ["params", str(tmp_path), "--modules", "q_proj"])
+    result = CliRunner().invoke(app, ["params", str(tmp_path), "--modules", "w_proj"])
     assert result.exit_code == 2
-    assert "no module 'q_proj'; it has attn.c_attn, attn.c_proj" in result.stderr
+    assert "no module 'w_proj'; name some of attn.c_attn, attn.c_proj" in result.stderr
     assert "attn.c_attn.q" in result.stderr
 
 

@@ -189,7 +189,7 @@ def test_loss_and_gradients_are_those_of_hugging_face_over_the_answers_alone(
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--modules", "q,z"), "no base has a module 'z'"),
+        (("--modules", "q,z"), "there is no module 'z'"),
         (("--share", "none", "--share-only", "q"), "give --share too"),
         (("--modules", "q", "--share-only", "q,v"), "which --modules leaves out"),
         (("--share", "B", "--share-qkv"), "--share A or AB"),
@@ -260,3 +260,21 @@ def test_what_is_trained_is_published_and_answers_from_the_server(
             published = http.get("/v1/adapters/acme").json()
         assert published["sharing"] == "ShareA"
         assert len(published["versions"]) == 2
+
+
+def test_a_run_over_another_a_than_before_is_not_gone_on_with(
+    data: Path, tmp_path: Path, model_folder: Path
+) -> None:
+    common = tmp_path / "common"
+    options = ("--steps", "40", "--freeze-a-from", str(common), "--save-every", "1")
+    trained(data, common, model_folder, "--steps", "2", "--seed", "1")
+    with start(data, tmp_path / "out", model_folder, *options) as process:
+        while not (tmp_path / "out.checkpoint" / "checkpoint.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    shutil.rmtree(common)
+    trained(data, common, model_folder, "--steps", "2", "--seed", "2")
+    result = train(data, tmp_path / "out", model_folder, *options, "--resume")
+    assert result.exit_code == 2
+    assert "frozen: '" in result.output
