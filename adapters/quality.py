@@ -8,7 +8,9 @@ already are left out, so it can be stopped and started again at any time.
 
 import csv
 import json
+import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -68,7 +70,7 @@ class Run:
     seed: int
 
 
-Results = dict[Run, dict[str, float]]
+Results = dict[Run, dict[str, Any]]
 
 
 def read_results(path: Path) -> Results:
@@ -97,20 +99,31 @@ def next_run(results: Results) -> Run | None:
 def best_rate(results: Results, task: str, form: str) -> float:
     """Of the sweep with the first seed."""
     score = TASKS[task].score
-    return max(RATES, key=lambda rate: results[Run(task, form, rate, SEEDS[0])][score])
+    of = {rate: float(results[Run(task, form, rate, SEEDS[0])][score]) for rate in RATES}
+    return max(RATES, key=of.__getitem__)
 
 
-def command(*words: str) -> None:
-    """Run this project's command line; its failure is ours."""
-    subprocess.run([sys.executable, "-m", "sharelora_serve.cli", *words], check=True)
+def command(*words: str) -> int:
+    """Run this project's command line; the most memory it had, in bytes. Its failure is ours."""
+    process = subprocess.Popen([sys.executable, "-m", "sharelora_serve.cli", *words])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(words)} ended with {os.waitstatus_to_exitcode(status)}")
+    return usage.ru_maxrss * 1024
 
 
-def train(data: Path, output: Path, *options: str) -> float:
-    """Seconds that it took."""
+def train(data: Path, output: Path, *options: str) -> dict[str, Any]:
+    """What it took, and the losses it went through, as (step, mean since the one before)."""
     shutil.rmtree(output, ignore_errors=True)
     started_at = time.monotonic()
-    command("train", str(data), str(output), *options)
-    return time.monotonic() - started_at
+    memory = command("train", str(data), str(output), *options)
+    seconds = time.monotonic() - started_at
+    curve = re.findall(r"^\| (\d+) \| ([\d.]+) \|", (output / "README.md").read_text(), re.M)
+    return {
+        "training_seconds": round(seconds, 1),
+        "training_bytes": memory,
+        "curve": [(int(step), float(loss)) for step, loss in curve],
+    }
 
 
 def train_mixture(data: Path) -> None:
@@ -141,11 +154,11 @@ def conversation(question: str, answer: str) -> list[dict[str, str]]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-def measure(run: Run, data: Path, url: str) -> dict[str, float]:
-    """Train and evaluate; scores and seconds by name."""
+def measure(run: Run, data: Path, url: str) -> dict[str, Any]:
+    """Train and evaluate; scores by name, and what the training took."""
     task = TASKS[run.task]
     folder, report = WORK / "adapter", WORK / "report"
-    seconds = train(
+    training = train(
         data / run.task / "train.csv", folder,
         "--user", task.user, "--assistant", task.assistant, *FORMS[run.form],
         "--learning-rate", str(run.rate), "--steps", str(STEPS), "--seed", str(run.seed),
@@ -157,7 +170,7 @@ def measure(run: Run, data: Path, url: str) -> dict[str, float]:
     )  # fmt: skip
     scores = json.loads((report / "results.json").read_text())["scores"]
     found = {name: round(score["value"], 3) for name, score in scores.items()}
-    return {**found, "training_seconds": round(seconds, 1)}
+    return {**found, **training}
 
 
 def main(

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import httpx
 import typer
@@ -15,6 +15,13 @@ from sharelora_serve.cli.connection import DEFAULT_URL, ApiKey, Url, connect, pa
 from sharelora_serve.cli.failure import one_message
 from sharelora_serve.cli.output import progress_bar, show
 from sharelora_serve.errors import ConfigurationError
+
+if TYPE_CHECKING:  # slow imports, which --help need not wait for
+    from sharelora_serve.evaluation.tasks import Question
+    from sharelora_serve.training.data import Row
+
+Asked = TypeVar("Asked")
+Answered = TypeVar("Answered")
 
 _MAX_TRIES = 8  # of a question that the server has no room for
 
@@ -42,64 +49,96 @@ def evaluate(
         Path | None,
         typer.Option(help="Folder for results.json, with every answer, and report.md."),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of the served base, whose tokens the loss of GSM8K's answers is of; the "
+            "embedded one by default."
+        ),
+    ] = None,
     url: Url = DEFAULT_URL,
     api_key: ApiKey = None,
 ) -> None:
     """Score a served model's answers to a data set.
 
-    Each question is one user message, each answer greedy.
+    Each question is one user message, each answer greedy. Of GSM8K's worked answers the loss is
+    told too, in nats per token.
     """
     with one_message():
         try:
             from sharelora_serve.evaluation.report import as_markdown, write_report
-            from sharelora_serve.evaluation.tasks import TASKS
+            from sharelora_serve.evaluation.scores import loss_scores
+            from sharelora_serve.evaluation.tasks import TASKS, read_worked_answers
         except ImportError as error:
             raise ConfigurationError(
                 f"evaluation needs more packages ({error}); pip install 'sharelora-serve[evaluate]'"
             ) from error
         chosen = TASKS[task]
         questions = chosen.read(data)[:limit]
+        worked = read_worked_answers(data, base)[:limit] if task is TaskName.GSM8K else []
         with (
             connect(url, api_key) as client,
             progress_bar(MofNCompleteColumn(), TimeRemainingColumn()) as progress,
         ):
-            bar = progress.add_task(f"Asking {model}", total=len(questions))
+            bar = progress.add_task(f"Asking {model}", total=len(questions) + len(worked))
 
-            def ask(text: str) -> str:
-                answer = _ask(client, model, text, chosen.max_tokens)
+            def ask(question: "Question") -> str:
+                answer = _ask(client, model, question.text, chosen.max_tokens)
                 progress.advance(bar)
                 return answer
 
-            answers = _in_parallel(ask, [question.text for question in questions], concurrency)
+            def read(row: "Row") -> list[float]:
+                logprobs = _answer_logprobs(client, model, row)
+                progress.advance(bar)
+                return logprobs
+
+            answers = _in_parallel(ask, questions, concurrency)
+            logprobs = _in_parallel(read, worked, concurrency)
         scores = chosen.score(questions, answers)
+        if logprobs:
+            scores |= loss_scores(logprobs)
         if out is not None:
             write_report(out, task.value, model, questions, answers, scores)
         show(as_markdown(task.value, model, len(questions), scores))
 
 
 def _in_parallel(
-    ask: Callable[[str], str], questions: Sequence[str], concurrency: int
-) -> list[str]:
+    ask: Callable[[Asked], Answered], asked: Sequence[Asked], concurrency: int
+) -> list[Answered]:
     """The answers in order; the first error ends it, and what was not asked yet is not asked."""
     executor = ThreadPoolExecutor(concurrency)
     try:
-        return list(executor.map(ask, questions))
+        return list(executor.map(ask, asked))
     finally:
         executor.shutdown(cancel_futures=True)
 
 
 def _ask(client: httpx.Client, model: str, question: str, max_tokens: int) -> str:
-    """A greedy answer to one user message; a server that is full is asked again."""
+    """A greedy answer to one user message."""
     body = {
         "model": model,
         "messages": [{"role": "user", "content": question}],
         "max_tokens": max_tokens,
         "temperature": 0,
     }
+    text: str = _post(client, "/v1/chat/completions", body)["message"]["content"]
+    return text.strip()
+
+
+def _answer_logprobs(client: httpx.Client, model: str, row: "Row") -> list[float]:
+    """Log probabilities of a given answer's tokens, after its prompt."""
+    tokens = [*row.prompt_ids, *row.answer_ids]
+    body = {"model": model, "prompt": tokens, "max_tokens": 0, "echo": True, "logprobs": 0}
+    logprobs: list[float] = _post(client, "/v1/completions", body)["logprobs"]["token_logprobs"]
+    return logprobs[len(row.prompt_ids) :]
+
+
+def _post(client: httpx.Client, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    """The first choice of an answer; a server that is full is asked again."""
     for attempt in range(_MAX_TRIES):
-        response = client.post("/v1/chat/completions", json=body)
+        response = client.post(path, json=body)
         if response.status_code != httpx.codes.TOO_MANY_REQUESTS:
             break
         time.sleep(float(response.headers.get("retry-after", 2**attempt)))
-    text: str = parse_answer(response)["choices"][0]["message"]["content"]
-    return text.strip()
+    choice: dict[str, Any] = parse_answer(response)["choices"][0]
+    return choice

@@ -30,6 +30,12 @@ def accuracy_scores(name: str, right: Sequence[bool]) -> Scores:
     return {name: Score(100 * share, 100 * error)}
 
 
+def loss_scores(logprobs: Sequence[Sequence[float]]) -> Scores:
+    """The mean loss of given answers' tokens, in nats."""
+    losses = [-logprob for answer in logprobs for logprob in answer]
+    return {"answer loss": Score(sum(losses) / len(losses))}
+
+
 def text_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> Scores:
     """BLEU, NIST, chrF, ROUGE-L and CIDEr of texts that each have several references.
 

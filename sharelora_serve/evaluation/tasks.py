@@ -3,12 +3,17 @@
 import csv
 import json
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from transformers import AutoTokenizer
+
 from sharelora_serve.errors import ConfigurationError
 from sharelora_serve.evaluation.scores import Scores, accuracy_scores, text_scores
+from sharelora_serve.models.source import base_folder
+from sharelora_serve.training.data import Row, Template, read_rows
 
 _FINAL_ANSWER = re.compile(r"#### (-?[\d,]+(?:\.\d+)?)\s*$")
 
@@ -81,6 +86,12 @@ def _read_gsm8k(path: Path) -> list[Question]:
                 f"{path}, line {number}: expected an object with question and answer ({error!r})"
             ) from error
     return questions
+
+
+def read_worked_answers(path: Path, base: str | None) -> list[Row]:
+    """GSM8K's questions with their worked answers, in the tokens of a base."""
+    tokenizer = AutoTokenizer.from_pretrained(base_folder(base))
+    return read_rows(path, tokenizer, sys.maxsize, Template("{question}", "{answer}"))
 
 
 def _score_texts(questions: Sequence[Question], answers: Sequence[str]) -> Scores:

@@ -6,7 +6,10 @@ import random
 from pathlib import Path
 
 import pytest
+import torch
 from nltk.translate.bleu_score import corpus_bleu
+from torch.nn.functional import cross_entropy
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 from sharelora_serve.cli import app
@@ -129,3 +132,35 @@ def test_a_served_model_is_asked_every_question_as_another_client_would(
     assert (out / "report.md").read_text().strip() in result.stdout
     assert refused.exit_code == 2
     assert "nobody" in refused.stderr
+
+
+def test_loss_of_worked_answers_is_hugging_faces(tmp_path: Path, seed: int) -> None:
+    drawn = random.Random(seed)
+    model = write_tiny_model(tmp_path / "tiny", "smollm", seed)
+    rows = [
+        {"question": text, "answer": f"{answer}\n#### {drawn.randint(1, 9999):,}"}
+        for text, answer in zip(sentences(drawn, 6), sentences(drawn, 6), strict=True)
+    ]
+    data, out = tmp_path / "test.jsonl", tmp_path / "out"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with running_server(tmp_path / "log", "--model", str(model), "--dtype", "float32") as server:
+        arguments = ["evaluate", "gsm8k", str(data), "--model", "tiny", "--url", server.url]
+        options = ["--base", str(model), "--out", str(out), "--limit", "5"]
+        result = CliRunner().invoke(app, [*arguments, *options])
+        assert result.exit_code == 0, result.output
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    losses: list[float] = []
+    for row in rows[:5]:
+        question = {"role": "user", "content": row["question"]}
+        prompt = tokenizer.apply_chat_template(
+            [question], tokenize=False, add_generation_prompt=True
+        )
+        given = tokenizer(prompt, add_special_tokens=False).input_ids
+        answer = tokenizer(row["answer"] + tokenizer.eos_token, add_special_tokens=False).input_ids
+        with torch.inference_mode():
+            logits = reference(torch.tensor([given + answer])).logits[0, len(given) - 1 : -1]
+        losses += cross_entropy(logits, torch.tensor(answer), reduction="none").tolist()
+    scores = json.loads((out / "results.json").read_text())["scores"]
+    assert scores["answer loss"]["value"] == pytest.approx(sum(losses) / len(losses), abs=1e-4)
+    assert set(scores) == {"answer loss", "well-formed", "exact match"}
