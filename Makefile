@@ -29,7 +29,7 @@ serve: setup
 	@$(BIN)/sharelora-serve serve --adapters adapters $(ARGS)
 
 test: setup
-	@$(BIN)/python -m pytest -m "not slow and not peer and not cuda" $(ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not cuda" $(ARGS)
 
 test-slow: setup
 	@$(BIN)/python -m pytest -m slow $(ARGS)

@@ -1,1 +1,1 @@
-"""Measures a running server over HTTP; tests check results, this measures time and memory."""
+"""Measures time, memory and quality of service, over HTTP but for `step` and `training`."""

@@ -334,14 +334,14 @@ def training(
     from loadtest.training import measure_training
     from sharelora_serve.adapters.layout import MODULES
     from sharelora_serve.training.counts import Method
-    from sharelora_serve.training.data import Template
+    from sharelora_serve.training.data import make_template
     from sharelora_serve.training.settings import TrainSettings
 
-    template = None if user is None or assistant is None else Template(user, assistant)
     settings = TrainSettings(
         MODULES, Method(""), rank=rank, alpha=2.0 * rank, batch_size=batch_size
     )
     with _one_message():
+        template = make_template(user, assistant)
         text = measure_training(
             data, template, model=model, settings=settings, num_steps=steps, rounds=rounds
         )

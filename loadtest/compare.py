@@ -13,7 +13,14 @@ from loadtest.adapters import Kind, write_adapters
 from loadtest.capacity import BASE, measure_whole
 from loadtest.comparison import CASES, MERGED, NUM_ADAPTERS, OURS, PEFT, Case, Comparison, Contender
 from loadtest.endpoint import Endpoint, OpenAiEndpoint
-from loadtest.peers import LlamaCpp, LlamaCppBase, Peer, VllmCpu, peft_tokens_per_second
+from loadtest.peers import (
+    LlamaCpp,
+    LlamaCppBase,
+    LlamaCppOne,
+    Peer,
+    VllmCpu,
+    peft_tokens_per_second,
+)
 from loadtest.servers import Server, only, our_server, running
 from loadtest.workloads import Settings, adapter_name, draw
 from sharelora_serve.models.source import base_folder
@@ -77,7 +84,7 @@ class _Contest:
         write_adapters(self._adapters, NUM_ADAPTERS, kind, gguf=self._gguf)
         self._start_ours(OURS)
         self._start_ours(MERGED, "--merge", adapter_name(0))
-        for peer_type in (VllmCpu, LlamaCpp, LlamaCppBase):
+        for peer_type in (VllmCpu, LlamaCpp, LlamaCppOne, LlamaCppBase):
             peer = peer_type(plan.peers)
             try:
                 self._start(peer)
@@ -104,7 +111,9 @@ class _Contest:
     def _measure(self, case: Case, contender: Contender, number: int | None) -> float:
         """The figure; RuntimeError if a request was not answered."""
         if contender.server == PEFT:
-            return peft_tokens_per_second(self._model_folder, self._adapters, case.num_adapters)
+            return peft_tokens_per_second(
+                self._model_folder, self._adapters, case.num_adapters, self._plan.new_tokens
+            )
         entry = self._entries[contender.server]
         is_warming = number is None
         # A lone stream has twice its share: with less its figure would be of one or two requests.

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from loadtest.figures import Figures
 from loadtest.machine import describe_machine
 from loadtest.markdown import figure, table
-from loadtest.peers import LlamaCpp, LlamaCppBase, VllmCpu
+from loadtest.peers import LlamaCpp, LlamaCppBase, LlamaCppOne, VllmCpu
 
 NUM_ADAPTERS = 32
 OURS = "ShareLoRA Serve"
@@ -69,11 +69,11 @@ CASES = (
         streams=1,
         unit="tokens/s",
         read=_throughput,
-        aims={LlamaCppBase.name: 1.3, LlamaCpp.name: 1.3},
+        aims={LlamaCppBase.name: 1.3, LlamaCppOne.name: 1.3},
         is_waiting=False,
         contenders=(
             Contender(MERGED),
-            Contender(LlamaCpp.name),
+            Contender(LlamaCppOne.name),
             Contender(LlamaCppBase.name, is_base=True),
         ),
     ),

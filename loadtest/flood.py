@@ -9,7 +9,7 @@ from loadtest.adapters import Kind, write_adapters
 from loadtest.capacity import BASE, measure_capacity
 from loadtest.client import percentile
 from loadtest.endpoint import OpenAiEndpoint
-from loadtest.figures import first_token_seconds, summarize
+from loadtest.figures import SLO_SECONDS, first_token_seconds, summarize
 from loadtest.player import Outcome, play_showing
 from loadtest.report import Report
 from loadtest.servers import our_server
@@ -19,7 +19,6 @@ from sharelora_serve.server.keys import create_key
 _MOST_TIMES = 1.5
 _NUM_STREAMS = 32
 _FLOODING = adapter_name(0)
-_FIRST_TOKEN_SECONDS = 6  # what would start later is refused
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +61,7 @@ def measure_flood(plan: Plan, folder: Path) -> Report:
     given = (
         *("--model-name", BASE, "--adapters", str(adapters)),
         *("--api-keys", str(folder / "keys.jsonl")),
-        *("--max-first-token-seconds", str(_FIRST_TOKEN_SECONDS)),
+        *("--max-first-token-seconds", str(SLO_SECONDS)),  # what would start later is refused
     )
     with our_server(folder / "server.log", *given) as server:
         for _ in range(2):  # the first one warms up
@@ -91,7 +90,7 @@ def _report(
     ratios = [after / before for before, after in zip(*waits, strict=True)]
     ratio = statistics.median(ratios)
     report.add(
-        "times that, median and rounds",
+        "times that, median of the rounds, and each",
         f"{ratio:.2f}: {', '.join(f'{each:.2f}' for each in ratios)}",
         f"<= {_MOST_TIMES:g}",
         is_met=ratio <= _MOST_TIMES,
@@ -108,7 +107,7 @@ def _report(
         for each in outcomes
         if not each.is_answered and not each.is_refused
     ]
-    report.check(len(outcomes) - len(failures), 0, failures)
+    report.check_answered(len(outcomes), failures)
     return report
 
 

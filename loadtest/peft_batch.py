@@ -1,4 +1,4 @@
-"""python -m loadtest.peft_batch MODEL ADAPTERS COUNT: tokens per second of PEFT's mixed batch."""
+"""python -m loadtest.peft_batch MODEL ADAPTERS COUNT NEW_TOKENS: PEFT's tokens per second."""
 
 import sys
 import time
@@ -10,11 +10,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 _PROMPT_TOKENS = 32
-_NEW_TOKENS = 32
 
 
-def main(model_folder: Path, adapters: Path, count: int) -> float:
-    """Generate once to warm up and once to measure, a sequence for each of `count` adapters."""
+def main(model_folder: Path, adapters: Path, count: int, num_tokens: int) -> float:
+    """Of a mixed batch, a sequence for each of `count` adapters, after a short one to warm up."""
     folders = sorted(adapters.glob("t*"))[:count]
     base = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32)
     model = PeftModel.from_pretrained(base, folders[0], adapter_name=folders[0].name)
@@ -23,7 +22,7 @@ def main(model_folder: Path, adapters: Path, count: int) -> float:
     model.eval()
     prompt = torch.randint(10, base.config.vocab_size, (count, _PROMPT_TOKENS))
     seconds = 0.0
-    for new_tokens in (2, _NEW_TOKENS):
+    for new_tokens in (2, num_tokens):
         start = time.perf_counter()
         with torch.no_grad():
             model.generate(
@@ -35,8 +34,9 @@ def main(model_folder: Path, adapters: Path, count: int) -> float:
                 adapter_names=[folder.name for folder in folders],
             )
         seconds = time.perf_counter() - start
-    return count * _NEW_TOKENS / seconds
+    return count * num_tokens / seconds
 
 
 if __name__ == "__main__":
-    typer.echo(main(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])))
+    model_folder, adapters = map(Path, sys.argv[1:3])
+    typer.echo(main(model_folder, adapters, *map(int, sys.argv[3:])))

@@ -2,6 +2,7 @@
 
 import json
 import time
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -74,7 +75,7 @@ async def roll_back(client: httpx.AsyncClient, name: str) -> Publication:
 
 async def remove(client: httpx.AsyncClient, name: str) -> None:
     """Forget an adapter, if it is there."""
-    await client.delete(f"/v1/adapters/{name}")
+    await _send(client, "DELETE", f"/v1/adapters/{name}", accepted=(200, 404))
 
 
 async def _change(
@@ -84,11 +85,24 @@ async def _change(
     **content: Any,  # noqa: ANN401 - httpx's own
 ) -> Publication:
     start = time.perf_counter()
+    response = await _send(client, method, path, accepted=(200, 201), **content)
+    end = time.perf_counter()
+    return Publication(json.loads(response.content)["version"], end - start, end)
+
+
+async def _send(
+    client: httpx.AsyncClient,
+    method: str,
+    path: str,
+    *,
+    accepted: Collection[int],
+    **content: Any,  # noqa: ANN401 - httpx's own
+) -> httpx.Response:
+    """RuntimeError for other statuses, and for a lost connection."""
     try:
         response = await client.request(method, path, **content)
     except httpx.HTTPError as error:
         raise RuntimeError(f"the connection failed: {error!r}") from None
-    end = time.perf_counter()
-    if response.status_code not in (200, 201):
+    if response.status_code not in accepted:
         raise RuntimeError(f"{response.status_code}: {response.text}")
-    return Publication(json.loads(response.content)["version"], end - start, end)
+    return response

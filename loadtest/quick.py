@@ -43,6 +43,8 @@ def measure_gaps(url: str, base: str, num_streams: int, prompt_words: int) -> Qu
         for earlier, later in pairwise(timeline.tokens_at)
         if later > long.sent_at and earlier < long.tokens_at[0]
     ]
+    if not steady or not during:
+        raise RuntimeError("all streams ended before the long prompt came: give more --streams")
     median = statistics.median(steady)
     return {
         "streams": num_streams,

@@ -188,6 +188,7 @@ def _decode(
                 sampling=SamplingParams(max_tokens=num_tokens, temperature=0.0, ignore_eos=True),
                 arrived_at=time.monotonic(),
                 deliver=deliver,
+                tenant="step",  # requests that are submitted together are of one client
             )
             for number, owner in enumerate(owners)
         )

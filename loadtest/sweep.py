@@ -52,7 +52,7 @@ class Axis:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """Medians of the rounds at one value of an axis."""
+    """Medians of the rounds at one value of an axis, and the server's memory after the last."""
 
     value: int
     tokens_per_second: float
@@ -151,22 +151,20 @@ def _medians(value: int, rounds: Sequence[Figures], memory: float) -> Measured:
 
 
 def _write(name: str, axis: Axis, measured: Sequence[Measured], folder: Path) -> str:
-    headings = (
-        axis.label,
-        "output tokens/s",
-        "first token p50, ms",
-        "time per token p50, ms",
-        "memory of the server, MiB",
-    )
+    headings = [axis.label, "output tokens/s", "first token p50, ms", "time per token p50, ms"]
     columns = [
-        (
+        [
             each.tokens_per_second,
             1000 * each.first_token_p50_seconds,
             1000 * each.time_per_token_p50_seconds,
-            each.memory_mib,
-        )
+        ]
         for each in measured
     ]
+    if len({axis.point(each.value).server for each in measured}) == len(measured):
+        # Where values share a server, its memory says nothing of any of them.
+        headings.append("memory of the server, MiB")
+        for each, column in zip(measured, columns, strict=True):
+            column.append(each.memory_mib)
     rows = [
         (str(each.value), *map(figure, column))
         for each, column in zip(measured, columns, strict=True)

@@ -123,12 +123,12 @@ def _report(servers: list[_Server], alone: Traffic, load: Load, *, num_distinct:
     report.add(
         "adapter on the device", ", ".join(f"{tier} {share:.1%}" for tier, share in shares.items())
     )
+    gap = percentile(traffic.gaps, 99)
     waits = [timeline.first_token_seconds for _, timeline in traffic.answers]
     report.add(
         "first token, median and 99th percentile",
         f"{milliseconds(statistics.median(waits))}, {milliseconds(percentile(waits, 99))}",
     )
-    gap = percentile(traffic.gaps, 99)
     report.add(
         "gap between tokens, median and 99th percentile",
         f"{milliseconds(statistics.median(traffic.gaps))}, {milliseconds(gap)}",

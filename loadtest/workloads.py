@@ -22,7 +22,7 @@ ZIPF = 1.5
 class Settings:
     """What a workload is drawn from.
 
-    num_requests    of all tenants; of the tenants that keep to their share in a burst
+    num_requests    of all tenants; in a burst about as many would come if all kept to their share
     num_adapters    t000, t001, ..., as `python -m loadtest adapters` names them; 0 asks the base
     rate            requests per second, of an open loop; None leaves the pace to the streams
     cv              of the gaps between arrivals: 1 is a Poisson process, more comes in bursts

@@ -186,6 +186,7 @@ def train(
     """
     import torch  # slow to import, which --help need not wait for
 
+    from sharelora_serve.training.data import make_template
     from sharelora_serve.training.settings import TrainSettings
 
     with one_message():
@@ -205,7 +206,9 @@ def train(
             num_steps=steps, num_epochs=epochs, batch_size=batch_size, seed=seed,
             max_length=max_length,
         )  # fmt: skip
-        run = _prepare(model, data, output, settings, _template(user, assistant), held_out, threads)
+        run = _prepare(
+            model, data, output, settings, make_template(user, assistant), held_out, threads
+        )
         with _shown() as report, _stopped_by_signals() as stop:
             trained = run.train(
                 save_every=save_every,
@@ -265,16 +268,6 @@ def _prepare(
 
         torch.set_num_threads(threads)
     return Run(model, data, output, settings, template, num_held_out)
-
-
-def _template(user: str | None, assistant: str | None) -> "Template | None":
-    from sharelora_serve.training.data import Template
-
-    if user is None and assistant is None:
-        return None
-    if user is None or assistant is None:
-        raise ConfigurationError("--user and --assistant go together; give both or neither")
-    return Template(user, assistant)
 
 
 def _method(

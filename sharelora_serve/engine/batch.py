@@ -41,8 +41,3 @@ class Batch:
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     failed: list[FailedRequest] = field(default_factory=list)
     admitted: list[Request] = field(default_factory=list)
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens of the forward pass."""
-        return sum(scheduled.num_tokens for scheduled in self.scheduled)

@@ -43,6 +43,15 @@ class Row:
         return len(self.prompt_ids) + len(self.answer_ids)
 
 
+def make_template(user: str | None, assistant: str | None) -> Template | None:
+    """None without both; ConfigurationError for one without the other."""
+    if user is None and assistant is None:
+        return None
+    if user is None or assistant is None:
+        raise ConfigurationError("--user and --assistant go together; give both or neither")
+    return Template(user, assistant)
+
+
 def read_rows(
     path: Path,
     tokenizer: Any,  # noqa: ANN401 - any Hugging Face tokenizer

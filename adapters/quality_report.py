@@ -1,0 +1,105 @@
+"""Tables and plots of what quality.py found.
+
+PYTHONPATH=. python adapters/quality_report.py docs/quality/runs.jsonl
+"""
+
+import statistics
+from pathlib import Path
+
+import typer
+from matplotlib.figure import Figure
+from rich.console import Console
+
+from adapters.quality import FORMS, RATES, SEEDS, TASKS, Results, Run, best_rate, read_results
+from loadtest.markdown import table
+from sharelora_serve.config import format_bytes
+
+
+def sweep_table(results: Results, task: str) -> str:
+    """Scores of the first seed: forms down, learning rates across."""
+    score = TASKS[task].score
+    lines = []
+    for form in FORMS:
+        found = [results.get(Run(task, form, rate, SEEDS[0])) for rate in RATES]
+        known = [each[score] for each in found if each]
+        cells = [
+            "" if each is None else mark(each[score], each[score] == max(known)) for each in found
+        ]
+        lines.append((form, *cells))
+    return table((f"{task}, {score}", *(f"{rate:g}" for rate in RATES)), lines)
+
+
+def mark(value: float, is_best: bool) -> str:
+    """One decimal, in bold where it is the best of its line."""
+    return f"**{value:.1f}**" if is_best else f"{value:.1f}"
+
+
+def seeds_table(results: Results, task: str) -> str:
+    """Each form at its best rate over all seeds, against LoRA, and what training it took."""
+    score = TASKS[task].score
+    scores: dict[str, list[float]] = {}
+    lines = []
+    for form in FORMS:
+        if any(Run(task, form, rate, SEEDS[0]) not in results for rate in RATES):
+            continue
+        rate = best_rate(results, task, form)
+        runs = [results[run] for seed in SEEDS if (run := Run(task, form, rate, seed)) in results]
+        scores[form] = [run[score] for run in runs]
+        mean, of_lora = statistics.mean(scores[form]), statistics.mean(scores["LoRA"])
+        lines.append(
+            (
+                form,
+                f"{rate:g}",
+                f"{mean:.1f} ({min(scores[form]):.1f} to {max(scores[form]):.1f}, {len(runs)})",
+                f"{mean - of_lora:+.1f}",
+                f"{statistics.median(run['training_seconds'] for run in runs):.0f}",
+                format_bytes(max(run["training_bytes"] for run in runs)),
+            )
+        )
+    headings = (
+        task, "learning rate", f"{score}, mean (least to most, seeds)", "less LoRA's",
+        "seconds of training", "memory",
+    )  # fmt: skip
+    return table(headings, lines)
+
+
+def plot_rates(results: Results, path: Path) -> None:
+    """A panel for each task: score over learning rate, a line for each form."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, (task, about) in zip(figure.subplots(1, len(TASKS)), TASKS.items(), strict=True):
+        for form in FORMS:
+            points = [
+                (rate, results[run][about.score])
+                for rate in RATES
+                if (run := Run(task, form, rate, SEEDS[0])) in results
+            ]
+            axes.plot(*zip(*points, strict=True), marker="o", label=form)
+        axes.set(xscale="log", xlabel="learning rate", ylabel=about.score, title=task)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def plot_losses(results: Results, path: Path) -> None:
+    """A panel for each task: the losses of each form at its best rate, first seed."""
+    figure = Figure(figsize=(11, 4), layout="constrained")
+    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
+        for form in FORMS:
+            if all(Run(task, form, rate, SEEDS[0]) in results for rate in RATES):
+                found = results[Run(task, form, best_rate(results, task, form), SEEDS[0])]
+                axes.plot(*zip(*found["curve"], strict=True), marker=".", label=form)
+        axes.set(yscale="log", xlabel="step", ylabel="loss", title=task)
+        axes.legend(fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def main(results: Path) -> None:
+    """Print the tables; rates.png and losses.png stand beside the results."""
+    found = read_results(results)
+    plot_rates(found, results.with_name("rates.png"))
+    plot_losses(found, results.with_name("losses.png"))
+    parts = [part(found, task) for part in (sweep_table, seeds_table) for task in TASKS]
+    Console(soft_wrap=True, markup=False, highlight=False).print("\n".join(parts))
+
+
+if __name__ == "__main__":
+    typer.run(main)
