@@ -2,20 +2,12 @@
 
 PYTHONPATH=. python adapters/quality.py DATA docs/quality/runs.jsonl
 
-DATA holds banking77/, e2e/ and gsm8k/ as their authors publish them. Runs that the results have
-already are left out, so it can be stopped and started again at any time.
+Runs that the results have already are left out, so it can be stopped and started again at any time.
+DATA is as in sources.py.
 """
 
-import csv
 import json
-import os
-import random
-import re
-import shutil
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,9 +15,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from adapters.sources import command, test_file, train, train_mixture
 from loadtest.servers import our_server
 
-STEPS, MIXTURE_STEPS = 200, 600
+RANK = 16
 RATES = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
 WORK = Path("build/quality")
@@ -34,20 +27,13 @@ MIXTURE = WORK / "mixture"
 
 @dataclass(frozen=True)
 class Task:
-    """What is asked and answered, how many of the test's questions, and what counts."""
+    """How many of a test file's questions are asked, and what counts."""
 
-    user: str
-    assistant: str
     num_questions: int
     score: str
 
 
-TASKS = {
-    "banking77": Task(
-        "Intent of this bank customer's message: {text}", "{category}", 1000, "accuracy"
-    ),
-    "e2e": Task("Describe the restaurant: {mr}", "{ref}", 630, "BLEU"),
-}
+TASKS = {"banking77": Task(1000, "accuracy"), "e2e": Task(630, "BLEU")}
 
 FORMS: dict[str, tuple[str, ...]] = {
     "LoRA": ("--share", "none"),
@@ -103,69 +89,15 @@ def best_rate(results: Results, task: str, form: str) -> float:
     return max(RATES, key=of.__getitem__)
 
 
-def command(*words: str) -> int:
-    """Run this project's command line; the most memory it had, in bytes. Its failure is ours."""
-    process = subprocess.Popen([sys.executable, "-m", "sharelora_serve.cli", *words])
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        raise SystemExit(f"{' '.join(words)} ended with {os.waitstatus_to_exitcode(status)}")
-    return usage.ru_maxrss * 1024
-
-
-def train(data: Path, output: Path, *options: str) -> dict[str, Any]:
-    """What it took, and the losses it went through, as (step, mean since the one before)."""
-    shutil.rmtree(output, ignore_errors=True)
-    started_at = time.monotonic()
-    memory = command("train", str(data), str(output), *options)
-    seconds = time.monotonic() - started_at
-    curve = re.findall(r"^\| (\d+) \| ([\d.]+) \|", (output / "README.md").read_text(), re.M)
-    return {
-        "training_seconds": round(seconds, 1),
-        "training_bytes": memory,
-        "curve": [(int(step), float(loss)) for step, loss in curve],
-    }
-
-
-def train_mixture(data: Path) -> None:
-    """A ShareA adapter of all tasks together, GSM8K too, whose A others freeze."""
-    rows = list(mixed_rows(data))
-    random.Random(0).shuffle(rows)
-    WORK.mkdir(parents=True, exist_ok=True)
-    mixed = WORK / "mixture.jsonl"
-    mixed.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    train(mixed, MIXTURE, "--steps", str(MIXTURE_STEPS), "--max-length", "600")
-
-
-def mixed_rows(data: Path) -> Iterator[list[dict[str, str]]]:
-    """As many conversations of each task."""
-    for name, task in TASKS.items():
-        with (data / name / "train.csv").open(newline="", encoding="utf-8") as file:
-            fields = random.Random(0).sample(list(csv.DictReader(file)), 1600)
-        for each in fields:
-            yield conversation(task.user.format_map(each), task.assistant.format_map(each))
-    lines = (data / "gsm8k" / "train.jsonl").read_text(encoding="utf-8").splitlines()
-    for line in random.Random(0).sample(lines, 1600):
-        row = json.loads(line)
-        yield conversation(row["question"], row["answer"])
-
-
-def conversation(question: str, answer: str) -> list[dict[str, str]]:
-    """One question and its answer."""
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
 def measure(run: Run, data: Path, url: str) -> dict[str, Any]:
     """Train and evaluate; scores by name, and what the training took."""
     task = TASKS[run.task]
     folder, report = WORK / "adapter", WORK / "report"
-    training = train(
-        data / run.task / "train.csv", folder,
-        "--user", task.user, "--assistant", task.assistant, *FORMS[run.form],
-        "--learning-rate", str(run.rate), "--steps", str(STEPS), "--seed", str(run.seed),
-    )  # fmt: skip
+    options = ("--learning-rate", str(run.rate), "--seed", str(run.seed))
+    training = train(data, run.task, folder, *FORMS[run.form], *options)
     command("adapters", "add", "trained", str(folder), "--replace", "--url", url)
     command(
-        "evaluate", run.task, str(data / run.task / "test.csv"), "--model", "trained",
+        "evaluate", run.task, str(test_file(data, run.task)), "--model", "trained",
         "--limit", str(task.num_questions), "--out", str(report), "--url", url,
     )  # fmt: skip
     scores = json.loads((report / "results.json").read_text())["scores"]
@@ -182,7 +114,7 @@ def main(
     ends_at = time.monotonic() + 60 * minutes
     results.parent.mkdir(parents=True, exist_ok=True)
     if not MIXTURE.exists():
-        train_mixture(data)
+        train_mixture(data, MIXTURE, RANK)
     with our_server(WORK / "log", "--prefix-cache") as server:
         while time.monotonic() < ends_at and (run := next_run(read_results(results))) is not None:
             Console(stderr=True).rule(f"{run.task}, {run.form}, {run.rate:g}, seed {run.seed}")

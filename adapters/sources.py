@@ -1,0 +1,124 @@
+"""The data sets of the examples, and trainings on them by this project's own command line.
+
+A folder DATA holds banking77/, e2e/ and gsm8k/ as their authors publish them.
+"""
+
+import csv
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+STEPS = 200
+_MIXTURE_STEPS = 600
+_ROWS_OF_EACH = 1600  # in a mixture
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: its files, how its rows are asked and answered, what a card says of it."""
+
+    train: str
+    test: str
+    user: str
+    assistant: str
+    title: str
+    licence: str
+
+
+SOURCES: Mapping[str, Source] = MappingProxyType(
+    {
+        "banking77": Source(
+            train="train.csv",
+            test="test.csv",
+            user="Intent of this bank customer's message: {text}",
+            assistant="{category}",
+            title="Banking77, PolyAI, arXiv 2003.04807",
+            licence="CC BY 4.0",
+        ),
+        "e2e": Source(
+            train="train.csv",
+            test="test.csv",
+            user="Describe the restaurant: {mr}",
+            assistant="{ref}",
+            title="E2E NLG challenge, development set, arXiv 1706.09254",
+            licence="CC BY-SA 4.0",
+        ),
+        "gsm8k": Source(
+            train="train.jsonl",
+            test="test.jsonl",
+            user="{question}",
+            assistant="{answer}",
+            title="GSM8K, OpenAI, arXiv 2110.14168",
+            licence="MIT",
+        ),
+    }
+)
+
+
+def test_file(data: Path, name: str) -> Path:
+    """Of a data set."""
+    return data / name / SOURCES[name].test
+
+
+def command(*words: str) -> int:
+    """Run this project's command line; the most memory it had, in bytes. Its failure is ours."""
+    process = subprocess.Popen([sys.executable, "-m", "sharelora_serve.cli", *words])
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(words)} ended with {os.waitstatus_to_exitcode(status)}")
+    return usage.ru_maxrss * 1024
+
+
+def train(data: Path, name: str, output: Path, *options: str) -> dict[str, Any]:
+    """Train on a data set; what it took, and its losses as (step, mean since the one before)."""
+    source = SOURCES[name]
+    asked = ("--user", source.user, "--assistant", source.assistant)
+    said = ("--data-name", source.title, "--licence", source.licence)
+    return _train(data / name / source.train, output, *asked, *said, *options)
+
+
+def train_mixture(data: Path, output: Path, rank: int) -> None:
+    """A ShareA adapter of all data sets together, whose A others can freeze."""
+    rows = [row for name in SOURCES for row in _conversations(data, name)]
+    random.Random(0).shuffle(rows)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    mixed = output.with_suffix(".jsonl")
+    mixed.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    steps = ("--steps", str(_MIXTURE_STEPS))
+    _train(mixed, output, *steps, "--rank", str(rank), "--max-length", "600")
+
+
+def _train(data: Path, output: Path, *options: str) -> dict[str, Any]:
+    shutil.rmtree(output, ignore_errors=True)
+    started_at = time.monotonic()
+    memory = command("train", str(data), str(output), "--steps", str(STEPS), *options)
+    seconds = time.monotonic() - started_at
+    curve = re.findall(r"^\| (\d+) \| ([\d.]+) \|", (output / "README.md").read_text(), re.M)
+    return {
+        "training_seconds": round(seconds, 1),
+        "training_bytes": memory,
+        "curve": [(int(step), float(loss)) for step, loss in curve],
+    }
+
+
+def _conversations(data: Path, name: str) -> Iterator[list[dict[str, str]]]:
+    """Some of a data set's questions with their answers."""
+    source = SOURCES[name]
+    with (data / name / source.train).open(newline="", encoding="utf-8") as file:
+        is_csv = source.train.endswith(".csv")
+        rows: list[dict[str, str]] = list(csv.DictReader(file) if is_csv else map(json.loads, file))
+    for row in random.Random(0).sample(rows, _ROWS_OF_EACH):
+        yield [
+            {"role": "user", "content": source.user.format_map(row)},
+            {"role": "assistant", "content": source.assistant.format_map(row)},
+        ]
