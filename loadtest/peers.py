@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import ClassVar
 
 from loadtest.endpoint import Endpoint, LlamaCppEndpoint, OpenAiEndpoint
+from loadtest.machine import has_matrix_registers
 from loadtest.servers import Command, free_port
 from sharelora_serve.config import num_physical_cores
 
 _SHOWN_OF_OUTPUT = 2000  # characters
+_VLLM_DTYPE = "bfloat16" if has_matrix_registers() else "float32"  # whichever is faster there
 _LLAMA_CPP_BUILD = 11434
 _ONE_STREAM = ("-np", "1", "-c", "2048")
 
@@ -67,7 +69,7 @@ class Peer(ABC):
 class VllmCpu(Peer):
     """vLLM's build for processors: batches different adapters."""
 
-    name = "vLLM CPU 0.32, float32"
+    name = f"vLLM CPU 0.32, {_VLLM_DTYPE}"
     folder_name = "vllm"
 
     @property
@@ -87,7 +89,7 @@ class VllmCpu(Peer):
         words = (
             *(str(self.folder / "bin" / "vllm"), "serve", str(model_folder)),
             *("--served-model-name", "base", "--host", "127.0.0.1", "--port", str(port)),
-            *("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", "64"),
+            *("--dtype", _VLLM_DTYPE, "--max-model-len", "2048", "--max-num-seqs", "64"),
             *("--enable-lora", "--max-loras", "32", "--max-cpu-loras", "64"),
             *("--max-lora-rank", "16"),
             *("--lora-modules", *(f"{folder.name}={folder.resolve()}" for folder in folders)),
