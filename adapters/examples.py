@@ -27,7 +27,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from adapters.sources import test_file, train, train_mixture
+from adapters.sources import COMMON_A, WORK, test_file, train, train_common_a
 from loadtest.markdown import table
 from loadtest.servers import our_server
 from sharelora_serve.evaluation.scores import Scores
@@ -35,42 +35,39 @@ from sharelora_serve.evaluation.tasks import TASKS
 from sharelora_serve.models.source import base_folder
 
 FOLDER = Path("adapters")
-WORK = Path("build/examples")
-MIXTURE = WORK / "mixture"
-RANK = 8
 _BATCH = 16
 
 app = typer.Typer()
 
 
-_FLEET = ("--freeze-a-from", str(MIXTURE))
+_PAPERS_RANK = ("--rank", "4")  # of E2E
+_FLEET = ("--freeze-a-from", str(COMMON_A))
 
 EXAMPLES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
-        "banking77-intent": ("banking77", ("--share", "A", "--rank", "16")),
-        "e2e-lora": ("e2e", ("--share", "none")),
-        "e2e-share-a": ("e2e", ("--share", "A")),
-        "e2e-share-b": ("e2e", ("--share", "B")),
-        "e2e-share-ab": ("e2e", ("--share", "AB")),
-        "gsm8k-worked": ("gsm8k", ("--share", "A")),
+        "banking77-intent": ("banking77", ("--share", "A")),
+        "e2e-lora": ("e2e", ("--share", "none", *_PAPERS_RANK)),
+        "e2e-share-a": ("e2e", ("--share", "A", *_PAPERS_RANK)),
+        "e2e-share-b": ("e2e", ("--share", "B", *_PAPERS_RANK)),
+        "e2e-share-ab": ("e2e", ("--share", "AB", *_PAPERS_RANK)),
+        "gsm8k-worked": ("gsm8k", ("--share", "A", "--rank", "8")),
         "fleet-banking77": ("banking77", _FLEET),
         "fleet-e2e": ("e2e", _FLEET),
         "fleet-gsm8k": ("gsm8k", _FLEET),
     }
 )
-"""By name: the data set, and how it is trained, at RANK if nothing else is said."""
+"""By name: the data set, and how it is trained; of rank 16 if nothing else is said."""
 
 
 @app.command("train")
 def train_missing(data: Path) -> None:
     """Train the examples that are missing, and first the A that the fleet has in common."""
-    if not MIXTURE.exists():
-        train_mixture(data, MIXTURE, RANK)
+    if not COMMON_A.exists():
+        train_common_a(data)
     for name, (task, options) in EXAMPLES.items():
         if not (FOLDER / name).exists():
             Console(stderr=True).rule(name)
-            rank = ("--rank", str(RANK), "--hold-out", "100")
-            train(data, task, FOLDER / name, *rank, *options)
+            train(data, task, FOLDER / name, "--hold-out", "100", *options)
 
 
 @app.command()

@@ -15,14 +15,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from adapters.sources import command, test_file, train, train_mixture
+from adapters.sources import COMMON_A, WORK, command, test_file, train, train_common_a
 from loadtest.servers import our_server
 
-RANK = 16
 RATES = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
-WORK = Path("build/quality")
-MIXTURE = WORK / "mixture"
 
 
 @dataclass(frozen=True)
@@ -42,7 +39,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "ShareB": ("--share", "B"),
     "ShareAB": ("--share", "AB"),
     "random A, frozen": ("--freeze-a-from", "1"),
-    "A of a mixture, frozen": ("--freeze-a-from", str(MIXTURE)),
+    "A of a mixture, frozen": ("--freeze-a-from", str(COMMON_A)),
 }
 
 
@@ -113,8 +110,8 @@ def main(
     """Do the runs that are missing, one line of results for each."""
     ends_at = time.monotonic() + 60 * minutes
     results.parent.mkdir(parents=True, exist_ok=True)
-    if not MIXTURE.exists():
-        train_mixture(data, MIXTURE, RANK)
+    if not COMMON_A.exists():
+        train_common_a(data)
     with our_server(WORK / "log", "--prefix-cache") as server:
         while time.monotonic() < ends_at and (run := next_run(read_results(results))) is not None:
             Console(stderr=True).rule(f"{run.task}, {run.form}, {run.rate:g}, seed {run.seed}")

@@ -18,7 +18,12 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+import torch
+from safetensors.torch import load_file, save_file
+
 STEPS = 200
+WORK = Path("build/examples")
+COMMON_A = Path("docs/quality/common-a")
 _MIXTURE_STEPS = 600
 _ROWS_OF_EACH = 1600  # in a mixture
 
@@ -87,15 +92,27 @@ def train(data: Path, name: str, output: Path, *options: str) -> dict[str, Any]:
     return _train(data / name / source.train, output, *asked, *said, *options)
 
 
-def train_mixture(data: Path, output: Path, rank: int) -> None:
-    """A ShareA adapter of all data sets together, whose A others can freeze."""
+def train_common_a(data: Path) -> None:
+    """COMMON_A: the A of a ShareA adapter that learns all data sets together, for others to freeze.
+
+    Its B, one for all layers, is zero, so that the folder is small and an adapter nevertheless.
+    """
     rows = [row for name in SOURCES for row in _conversations(data, name)]
     random.Random(0).shuffle(rows)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    mixed = output.with_suffix(".jsonl")
+    WORK.mkdir(parents=True, exist_ok=True)
+    mixed, learnt = WORK / "mixture.jsonl", WORK / "mixture"
     mixed.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    steps = ("--steps", str(_MIXTURE_STEPS))
-    _train(mixed, output, *steps, "--rank", str(rank), "--max-length", "600")
+    _train(mixed, learnt, "--steps", str(_MIXTURE_STEPS), "--max-length", "600")
+    config = json.loads((learnt / "adapter_config.json").read_text())
+    tensors = load_file(learnt / "adapter_model.safetensors")
+    kept = {name: tensor for name, tensor in tensors.items() if name.startswith("shared.")}
+    for name, tensor in tensors.items():
+        if name not in kept:
+            module = ".".join(name.split(".")[5:])
+            kept[f"shared.{module}"] = torch.zeros_like(tensor)
+    COMMON_A.mkdir(parents=True)
+    (COMMON_A / "adapter_config.json").write_text(json.dumps(config | {"share": "AB"}, indent=2))
+    save_file(kept, COMMON_A / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
 def _train(data: Path, output: Path, *options: str) -> dict[str, Any]:
