@@ -63,7 +63,7 @@ def test_only_the_chunk_that_reaches_the_last_token_needs_logits(rig: Rig) -> No
     second = rig.scheduler.schedule()
     assert second is not None
     assert [scheduled.needs_logits for scheduled in second.scheduled] == [True]
-    assert second.num_tokens == 8
+    assert [scheduled.num_tokens for scheduled in second.scheduled] == [8]
 
 
 def test_rows_of_one_adapter_stand_together_and_the_base_comes_first() -> None:
