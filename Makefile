@@ -7,7 +7,7 @@ ARGS ?=# further arguments, such as: make serve ARGS="--port 9000"
 BIN := .venv/bin
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: setup serve test test-slow lint types loadtest compare
+.PHONY: setup serve test test-slow lint types loadtest compare adapters
 
 setup: .venv/installed
 
@@ -47,3 +47,7 @@ loadtest: setup
 
 compare: setup
 	@$(BIN)/python -m loadtest compare $(ARGS)
+
+# The example adapters that are missing: make adapters DATA=folder-of-data-sets (adapters/sources.py)
+adapters: setup
+	@PYTHONPATH=. $(BIN)/python adapters/examples.py train $(DATA)
