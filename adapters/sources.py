@@ -95,7 +95,7 @@ def train(data: Path, name: str, output: Path, *options: str) -> dict[str, Any]:
 def train_common_a(data: Path) -> None:
     """COMMON_A: the A of a ShareA adapter that learns all data sets together, for others to freeze.
 
-    Its B, one for all layers, is zero, so that the folder is small and an adapter nevertheless.
+    Its B is the mean of all layers' B, so that the folder is small and an adapter nevertheless.
     """
     rows = [row for name in SOURCES for row in _conversations(data, name)]
     random.Random(0).shuffle(rows)
@@ -106,10 +106,10 @@ def train_common_a(data: Path) -> None:
     config = json.loads((learnt / "adapter_config.json").read_text())
     tensors = load_file(learnt / "adapter_model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if name.startswith("shared.")}
-    for name, tensor in tensors.items():
-        if name not in kept:
-            module = ".".join(name.split(".")[5:])
-            kept[f"shared.{module}"] = torch.zeros_like(tensor)
+    layers: dict[str, list[torch.Tensor]] = {}
+    for name in tensors.keys() - kept.keys():
+        layers.setdefault("shared." + ".".join(name.split(".")[5:]), []).append(tensors[name])
+    kept |= {name: torch.stack(each).float().mean(0).half() for name, each in layers.items()}
     COMMON_A.mkdir(parents=True)
     (COMMON_A / "adapter_config.json").write_text(json.dumps(config | {"share": "AB"}, indent=2))
     save_file(kept, COMMON_A / "adapter_model.safetensors", metadata={"format": "pt"})
