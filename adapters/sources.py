@@ -107,7 +107,7 @@ def train_common_a(data: Path) -> None:
     tensors = load_file(learnt / "adapter_model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if name.startswith("shared.")}
     layers: dict[str, list[torch.Tensor]] = {}
-    for name in tensors.keys() - kept.keys():
+    for name in sorted(tensors.keys() - kept.keys()):
         layers.setdefault("shared." + ".".join(name.split(".")[5:]), []).append(tensors[name])
     kept |= {name: torch.stack(each).float().mean(0).half() for name, each in layers.items()}
     COMMON_A.mkdir(parents=True)
