@@ -10,7 +10,17 @@ import typer
 from matplotlib.figure import Figure
 from rich.console import Console
 
-from adapters.quality import FORMS, RATES, SEEDS, TASKS, Results, Run, best_rate, read_results
+from adapters.quality import (
+    FORMS,
+    RATES,
+    SEEDS,
+    TASKS,
+    Results,
+    Run,
+    best_rate,
+    rates_of,
+    read_results,
+)
 from loadtest.markdown import table
 from sharelora_serve.config import format_bytes
 
@@ -40,7 +50,9 @@ def seeds_table(results: Results, task: str) -> str:
     scores: dict[str, list[float]] = {}
     lines = []
     for form in FORMS:
-        if any(Run(task, form, rate, SEEDS[0]) not in results for rate in RATES):
+        if any(
+            Run(task, form, rate, SEEDS[0]) not in results for rate in rates_of(results, task, form)
+        ):
             continue
         rate = best_rate(results, task, form)
         runs = [results[run] for seed in SEEDS if (run := Run(task, form, rate, seed)) in results]
@@ -84,7 +96,9 @@ def plot_losses(results: Results, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         for form in FORMS:
-            if all(Run(task, form, rate, SEEDS[0]) in results for rate in RATES):
+            if all(
+                Run(task, form, rate, SEEDS[0]) in results for rate in rates_of(results, task, form)
+            ):
                 found = results[Run(task, form, best_rate(results, task, form), SEEDS[0])]
                 axes.plot(*zip(*found["curve"], strict=True), marker=".", label=form)
         axes.set(yscale="log", xlabel="step", ylabel="loss", title=task)
