@@ -24,8 +24,8 @@ from safetensors.torch import load_file, save_file
 STEPS = 200
 WORK = Path("build/examples")
 COMMON_A = Path("docs/quality/common-a")
-_MIXTURE_STEPS = 600
-_ROWS_OF_EACH = 1600  # in a mixture
+_MIXTURE_STEPS = 300
+_ROWS_OF_EACH = 800  # in a mixture
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from openai import OpenAI
 from openai.types.chat import ChatCompletion
 
 from tests.e2e.conftest import BASE
-from tests.e2e.test_completions import GREEDY, answer
+from tests.e2e.test_completions import ALL_SHOWN, GREEDY, answer
 
 MESSAGES = [
     {"role": "system", "content": "You are brief."},
@@ -70,7 +70,7 @@ def test_max_completion_tokens_is_the_newer_name_of_max_tokens(client: OpenAI) -
 @pytest.mark.parametrize("num_top", [None, 0, 4])
 def test_logprobs_are_true_and_top_logprobs_as_many(num_top: int | None, client: OpenAI) -> None:
     top = {} if num_top is None else {"top_logprobs": num_top}
-    shown = chat(client, logprobs=True, **top).choices[0]
+    shown = chat(client, logprobs=True, extra_body=ALL_SHOWN, **top).choices[0]
     assert shown.logprobs is not None
     tokens = shown.logprobs.content
     assert tokens is not None

@@ -15,6 +15,8 @@ EOS = 2
 
 # Greedy answers of random weights, as long as they may be, whatever tokens come.
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 24, "extra_body": {"ignore_eos": True}}
+# Random weights also choose special tokens, which text leaves out and logprobs do not.
+ALL_SHOWN = {"ignore_eos": True, "skip_special_tokens": False}
 
 
 def complete(client: OpenAI, prompt: Any, **fields: Any) -> Completion:
@@ -162,7 +164,7 @@ def test_min_tokens_holds_back_ends_stop_tokens_and_stop_strings(
 def test_logprobs_tell_the_tokens_of_the_text_and_the_likeliest_ones(
     model: str, client: OpenAI
 ) -> None:
-    shown = choice(client, model=model, logprobs=5)
+    shown = choice(client, model=model, logprobs=5, extra_body=ALL_SHOWN)
     logprobs = shown.logprobs
     assert logprobs is not None
     assert logprobs.tokens is not None
