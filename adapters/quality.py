@@ -101,7 +101,8 @@ def best_rate(results: Results, task: str, form: str) -> float:
 def measure(run: Run, data: Path, url: str) -> dict[str, Any]:
     """Train and evaluate; scores by name, and what the training took."""
     task = TASKS[run.task]
-    folder, report = WORK / run.task / "adapter", WORK / run.task / "report"
+    name = f"{run.form} {run.rate:g} {run.seed}".replace(",", "").replace(" ", "-")
+    folder, report = WORK / run.task / name, WORK / run.task / "report"
     options = (
         "--steps", str(task.num_steps), "--learning-rate", str(run.rate), "--seed", str(run.seed),
     )  # fmt: skip
