@@ -9,7 +9,6 @@ DATA is as in sources.py.
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,7 +19,8 @@ from rich.console import Console
 from adapters.sources import COMMON_A, WORK, command, test_file, train, train_common_a
 from loadtest.servers import our_server
 
-RATES = (1e-3, 3e-3, 1e-2, 3e-2)  # the last only for a form that is best at the one before
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+_FIRST_RATES = (3e-3, 1e-2)  # then the neighbours of the best
 SEEDS = (0, 1, 2)
 
 
@@ -68,11 +68,10 @@ def read_results(path: Path) -> Results:
 
 
 def next_run(results: Results, task: str) -> Run | None:
-    """Every rate with the first seed; then each form's best rate with the other seeds."""
+    """The sweep of every form with the first seed; then its best rate with the other seeds."""
     for form in FORMS:
-        for rate in rates_of(results, task, form):
-            if (run := Run(task, form, rate, SEEDS[0])) not in results:
-                return run
+        if (rate := next_rate(results, task, form)) is not None:
+            return Run(task, form, rate, SEEDS[0])
     for seed in SEEDS[1:]:
         for form in FORMS:
             if (run := Run(task, form, best_rate(results, task, form), seed)) not in results:
@@ -80,22 +79,30 @@ def next_run(results: Results, task: str) -> Run | None:
     return None
 
 
-def rates_of(results: Results, task: str, form: str) -> Sequence[float]:
-    """What a form's sweep tries; one more if the greatest of the others gave the best."""
-    if best_rate(results, task, form) == RATES[-2] or Run(task, form, RATES[-1], 0) in results:
-        return RATES
-    return RATES[:-1]
+def next_rate(results: Results, task: str, form: str) -> float | None:
+    """None once the rates on both sides of the best were tried."""
+    known = sweep(results, task, form)
+    for rate in _FIRST_RATES:
+        if rate not in known:
+            return rate
+    at = RATES.index(best_rate(results, task, form))
+    neighbours = RATES[max(0, at - 1) : at + 2]
+    return next((rate for rate in neighbours if rate not in known), None)
 
 
 def best_rate(results: Results, task: str, form: str) -> float:
-    """Of the sweep with the first seed; the first rate if none was tried."""
-    score = TASKS[task].score
-    known = {
-        run.rate: found[score]
+    """Of the rates that were tried."""
+    known = sweep(results, task, form)
+    return max(known, key=known.__getitem__)
+
+
+def sweep(results: Results, task: str, form: str) -> dict[float, float]:
+    """Scores of the first seed by learning rate."""
+    return {
+        run.rate: found[TASKS[task].score]
         for run, found in results.items()
         if (run.task, run.form, run.seed) == (task, form, SEEDS[0])
     }
-    return max(known, key=known.__getitem__, default=RATES[0])
 
 
 def measure(run: Run, data: Path, url: str) -> dict[str, Any]:

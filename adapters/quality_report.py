@@ -18,8 +18,9 @@ from adapters.quality import (
     Results,
     Run,
     best_rate,
-    rates_of,
+    next_rate,
     read_results,
+    sweep,
 )
 from loadtest.markdown import table
 from sharelora_serve.config import format_bytes
@@ -27,21 +28,18 @@ from sharelora_serve.config import format_bytes
 
 def sweep_table(results: Results, task: str) -> str:
     """Scores of the first seed: forms down, learning rates across."""
-    score = TASKS[task].score
     lines = []
     for form in FORMS:
-        found = [results.get(Run(task, form, rate, SEEDS[0])) for rate in RATES]
-        known = [each[score] for each in found if each]
-        cells = [
-            "" if each is None else mark(each[score], each[score] == max(known)) for each in found
-        ]
+        known = sweep(results, task, form)
+        best = max(known.values(), default=0.0)
+        cells = ("" if rate not in known else mark(known[rate], best) for rate in RATES)
         lines.append((form, *cells))
-    return table((f"{task}, {score}", *(f"{rate:g}" for rate in RATES)), lines)
+    return table((f"{task}, {TASKS[task].score}", *(f"{rate:g}" for rate in RATES)), lines)
 
 
-def mark(value: float, is_best: bool) -> str:
+def mark(value: float, best: float) -> str:
     """One decimal, in bold where it is the best of its line."""
-    return f"**{value:.1f}**" if is_best else f"{value:.1f}"
+    return f"**{value:.1f}**" if value == best else f"{value:.1f}"
 
 
 def seeds_table(results: Results, task: str) -> str:
@@ -50,9 +48,7 @@ def seeds_table(results: Results, task: str) -> str:
     scores: dict[str, list[float]] = {}
     lines = []
     for form in FORMS:
-        if any(
-            Run(task, form, rate, SEEDS[0]) not in results for rate in rates_of(results, task, form)
-        ):
+        if next_rate(results, task, form) is not None:
             continue
         rate = best_rate(results, task, form)
         runs = [results[run] for seed in SEEDS if (run := Run(task, form, rate, seed)) in results]
@@ -64,13 +60,12 @@ def seeds_table(results: Results, task: str) -> str:
                 f"{rate:g}",
                 f"{mean:.1f} ({min(scores[form]):.1f} to {max(scores[form]):.1f}, {len(runs)})",
                 f"{mean - of_lora:+.1f}",
-                f"{statistics.median(run['training_seconds'] for run in runs):.0f}",
                 format_bytes(max(run["training_bytes"] for run in runs)),
             )
         )
     headings = (
         task, "learning rate", f"{score}, mean (least to most, seeds)", "less LoRA's",
-        "seconds of training", "memory",
+        "memory of training",
     )  # fmt: skip
     return table(headings, lines)
 
@@ -78,15 +73,11 @@ def seeds_table(results: Results, task: str) -> str:
 def plot_rates(results: Results, path: Path) -> None:
     """A panel for each task: score over learning rate, a line for each form."""
     figure = Figure(figsize=(11, 4), layout="constrained")
-    for axes, (task, about) in zip(figure.subplots(1, len(TASKS)), TASKS.items(), strict=True):
+    for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         for form in FORMS:
-            points = [
-                (rate, results[run][about.score])
-                for rate in RATES
-                if (run := Run(task, form, rate, SEEDS[0])) in results
-            ]
+            points = sorted(sweep(results, task, form).items())
             axes.plot(*zip(*points, strict=True), marker="o", label=form)
-        axes.set(xscale="log", xlabel="learning rate", ylabel=about.score, title=task)
+        axes.set(xscale="log", xlabel="learning rate", ylabel=TASKS[task].score, title=task)
         axes.legend(fontsize="small")
     figure.savefig(path, dpi=120)
 
@@ -96,9 +87,7 @@ def plot_losses(results: Results, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         for form in FORMS:
-            if all(
-                Run(task, form, rate, SEEDS[0]) in results for rate in rates_of(results, task, form)
-            ):
+            if next_rate(results, task, form) is None:
                 found = results[Run(task, form, best_rate(results, task, form), SEEDS[0])]
                 axes.plot(*zip(*found["curve"], strict=True), marker=".", label=form)
         axes.set(yscale="log", xlabel="step", ylabel="loss", title=task)

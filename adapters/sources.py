@@ -11,7 +11,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,12 +116,9 @@ def train_common_a(data: Path) -> None:
 
 def _train(data: Path, output: Path, *options: str) -> dict[str, Any]:
     shutil.rmtree(output, ignore_errors=True)
-    started_at = time.monotonic()
     memory = command("train", str(data), str(output), "--steps", str(STEPS), *options)
-    seconds = time.monotonic() - started_at
     curve = re.findall(r"^\| (\d+) \| ([\d.]+) \|", (output / "README.md").read_text(), re.M)
     return {
-        "training_seconds": round(seconds, 1),
         "training_bytes": memory,
         "curve": [(int(step), float(loss)) for step, loss in curve],
     }

@@ -25,7 +25,13 @@ from sharelora_serve.training.factors import add_factors
 from sharelora_serve.training.settings import TrainSettings
 from sharelora_serve.training.trainer import Trainer
 
-_METHODS = {"LoRA": Method(""), "ShareA": Method("A")}
+_METHODS = {
+    "LoRA": Method(""),
+    "ShareA": Method("A"),
+    "ShareB": Method("B"),
+    "ShareAB": Method("AB"),
+    "A frozen": Method("A", freeze_a=True),
+}
 _PEER = "LoRA, PEFT and Trainer"
 
 
