@@ -60,13 +60,16 @@ EXAMPLES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
 
 
 @app.command("train")
-def train_missing(data: Path) -> None:
+def train_missing(
+    data: Path, names: Annotated[list[str] | None, typer.Argument(help="Not all.")] = None
+) -> None:
     """Train the examples that are missing, and first the A that the fleet has in common."""
     if not COMMON_A.exists():
         train_common_a(data)
-    for name, (task, options) in EXAMPLES.items():
+    for name in names or EXAMPLES:
         if not (FOLDER / name).exists():
             Console(stderr=True).rule(name)
+            task, options = EXAMPLES[name]
             train(data, task, FOLDER / name, "--hold-out", "100", *options)
 
 

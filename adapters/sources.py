@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-STEPS = 200
 WORK = Path("build/examples")
 COMMON_A = Path("docs/quality/common-a")
 _MIXTURE_STEPS = 300
@@ -29,12 +28,13 @@ _ROWS_OF_EACH = 800  # in a mixture
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: its files, how its rows are asked and answered, what a card says of it."""
+    """A data set: its files, how its rows are learnt, and what a card says of it."""
 
     train: str
     test: str
     user: str
     assistant: str
+    num_steps: int
     title: str
     licence: str
 
@@ -46,6 +46,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             test="test.csv",
             user="Intent of this bank customer's message: {text}",
             assistant="{category}",
+            num_steps=200,
             title="Banking77, PolyAI, arXiv 2003.04807",
             licence="CC BY 4.0",
         ),
@@ -54,6 +55,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             test="test.csv",
             user="Describe the restaurant: {mr}",
             assistant="{ref}",
+            num_steps=100,
             title="E2E NLG challenge, development set, arXiv 1706.09254",
             licence="CC BY-SA 4.0",
         ),
@@ -62,6 +64,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             test="test.jsonl",
             user="{question}",
             assistant="{answer}",
+            num_steps=100,
             title="GSM8K, OpenAI, arXiv 2110.14168",
             licence="MIT",
         ),
@@ -88,7 +91,8 @@ def train(data: Path, name: str, output: Path, *options: str) -> dict[str, Any]:
     source = SOURCES[name]
     asked = ("--user", source.user, "--assistant", source.assistant)
     said = ("--data-name", source.title, "--licence", source.licence)
-    return _train(data / name / source.train, output, *asked, *said, *options)
+    file = data / name / source.train
+    return _train(file, output, source.num_steps, *asked, *said, *options)
 
 
 def train_common_a(data: Path) -> None:
@@ -101,7 +105,7 @@ def train_common_a(data: Path) -> None:
     WORK.mkdir(parents=True, exist_ok=True)
     mixed, learnt = WORK / "mixture.jsonl", WORK / "mixture"
     mixed.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
-    _train(mixed, learnt, "--steps", str(_MIXTURE_STEPS), "--max-length", "600")
+    _train(mixed, learnt, _MIXTURE_STEPS, "--max-length", "600")
     config = json.loads((learnt / "adapter_config.json").read_text())
     tensors = load_file(learnt / "adapter_model.safetensors")
     kept = {name: tensor for name, tensor in tensors.items() if name.startswith("shared.")}
@@ -114,9 +118,9 @@ def train_common_a(data: Path) -> None:
     save_file(kept, COMMON_A / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def _train(data: Path, output: Path, *options: str) -> dict[str, Any]:
+def _train(data: Path, output: Path, num_steps: int, *options: str) -> dict[str, Any]:
     shutil.rmtree(output, ignore_errors=True)
-    memory = command("train", str(data), str(output), "--steps", str(STEPS), *options)
+    memory = command("train", str(data), str(output), "--steps", str(num_steps), *options)
     curve = re.findall(r"^\| (\d+) \| ([\d.]+) \|", (output / "README.md").read_text(), re.M)
     return {
         "training_bytes": memory,
