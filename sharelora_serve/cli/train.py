@@ -182,7 +182,7 @@ def train(
 ) -> None:
     """Train an adapter, ShareLoRA or LoRA, and publish it.
 
-    It is written with a card. Checkpoints are kept beside it, in OUTPUT.checkpoint, until then.
+    It is written with a card. Checkpoints are kept beside it, in .OUTPUT.checkpoint, until then.
     """
     import torch  # slow to import, which --help need not wait for
 

@@ -66,8 +66,11 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        """Where the run's state is kept until the adapter is written."""
-        return self._output.with_name(f"{self._output.name}.checkpoint")
+        """Where the run's state is kept until the adapter is written.
+
+        The dot hides it from a server that watches the folder.
+        """
+        return self._output.with_name(f".{self._output.name}.checkpoint")
 
     def train(
         self,

@@ -110,7 +110,7 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
     options = ("--steps", "60", "--save-every", "5", "--dropout", "0.1", "--seed", str(seed))
     options = (*options, "--threads", "1", "--dtype", "float32")
     stopped = tmp_path / "stopped"
-    checkpoint = tmp_path / "stopped.checkpoint" / "checkpoint.safetensors"
+    checkpoint = tmp_path / ".stopped.checkpoint" / "checkpoint.safetensors"
     with start(data, stopped, model_folder, *options) as process:
         while not checkpoint.exists():
             assert process.poll() is None, process.stderr and process.stderr.read()
@@ -269,7 +269,7 @@ def test_a_run_over_another_a_than_before_is_not_gone_on_with(
     options = ("--steps", "40", "--freeze-a-from", str(common), "--save-every", "1")
     trained(data, common, model_folder, "--steps", "2", "--seed", "1")
     with start(data, tmp_path / "out", model_folder, *options) as process:
-        while not (tmp_path / "out.checkpoint" / "checkpoint.safetensors").exists():
+        while not (tmp_path / ".out.checkpoint" / "checkpoint.safetensors").exists():
             assert process.poll() is None
             time.sleep(0.01)
         process.kill()
