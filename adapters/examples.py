@@ -41,7 +41,8 @@ app = typer.Typer()
 
 
 _PAPERS_RANK = ("--rank", "4")  # of E2E
-_FLEET = ("--freeze-a-from", str(COMMON_A))
+_RATE = ("--learning-rate", "1e-2")  # of forms with little to train
+_FLEET = ("--freeze-a-from", str(COMMON_A), *_RATE)
 
 EXAMPLES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -49,7 +50,7 @@ EXAMPLES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "e2e-lora": ("e2e", ("--share", "none", *_PAPERS_RANK)),
         "e2e-share-a": ("e2e", ("--share", "A", *_PAPERS_RANK)),
         "e2e-share-b": ("e2e", ("--share", "B", *_PAPERS_RANK)),
-        "e2e-share-ab": ("e2e", ("--share", "AB", *_PAPERS_RANK)),
+        "e2e-share-ab": ("e2e", ("--share", "AB", *_PAPERS_RANK, *_RATE)),
         "gsm8k-worked": ("gsm8k", ("--share", "A", "--rank", "8")),
         "fleet-banking77": ("banking77", _FLEET),
         "fleet-e2e": ("e2e", _FLEET),
