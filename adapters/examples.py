@@ -1,9 +1,9 @@
 """The example adapters: train those that are missing, and score them served and by Hugging Face.
 
-PYTHONPATH=. python adapters/examples.py train DATA      (make adapters DATA=...)
-PYTHONPATH=. python adapters/examples.py check DATA
+PYTHONPATH=. python adapters/examples.py train DATA [NAME ...]     (make adapters DATA=...)
+PYTHONPATH=. python adapters/examples.py check DATA [NAME ...]
 
-DATA is as in sources.py.
+DATA is as in sources.py; without names it is all of them.
 """
 
 import json
@@ -39,6 +39,7 @@ _BATCH = 16
 
 app = typer.Typer()
 
+Names = Annotated[list[str] | None, typer.Argument(help="Of examples, if not of all.")]
 
 _PAPERS_RANK = ("--rank", "4")  # of E2E
 _RATE = ("--learning-rate", "1e-2")  # of forms with little to train
@@ -61,9 +62,7 @@ EXAMPLES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
 
 
 @app.command("train")
-def train_missing(
-    data: Path, names: Annotated[list[str] | None, typer.Argument(help="Not all.")] = None
-) -> None:
+def train_missing(data: Path, names: Names = None) -> None:
     """Train the examples that are missing, and first the A that the fleet has in common."""
     if not COMMON_A.exists():
         train_common_a(data)
@@ -76,13 +75,17 @@ def train_missing(
 
 @app.command()
 def check(
-    data: Path, limit: Annotated[int, typer.Option(help="Questions of each test file.")] = 100
+    data: Path,
+    names: Names = None,
+    limit: Annotated[int, typer.Option(help="Questions of each test file.")] = 100,
 ) -> None:
-    """Score all examples: served in float16 and float32, at once, and by Hugging Face alone."""
-    served = {dtype: ask_served(data, limit, dtype) for dtype in ("float16", "float32")}
-    alone = ask_hugging_face(data, limit)
+    """Score examples: served in float16 and float32, at once, and by Hugging Face alone."""
+    names = names or list(EXAMPLES)
+    served = {dtype: ask_served(names, data, limit, dtype) for dtype in ("float16", "float32")}
+    alone = ask_hugging_face(names, data, limit)
     lines = []
-    for name, (task, _) in EXAMPLES.items():
+    for name in names:
+        task, _ = EXAMPLES[name]
         questions = TASKS[task].read(test_file(data, task))[:limit]
         scores: list[Scores] = [
             TASKS[task].score(questions, answers[name]) for answers in (*served.values(), alone)
@@ -106,11 +109,12 @@ def check(
 Answers = dict[str, list[str]]
 
 
-def ask_served(data: Path, limit: int, dtype: str) -> Answers:
-    """What one server of all examples answers while all are asked at once."""
+def ask_served(names: Sequence[str], data: Path, limit: int, dtype: str) -> Answers:
+    """What one server answers while all these examples are asked at once."""
     with our_server(WORK / f"{dtype}.log", "--adapters", str(FOLDER), "--dtype", dtype) as server:
         processes = []
-        for name, (task, _) in EXAMPLES.items():
+        for name in names:
+            task, _ = EXAMPLES[name]
             words = (
                 "evaluate", task, str(test_file(data, task)), "--model", name,
                 "--limit", str(limit), "--concurrency", "4", "--url", server.url,
@@ -120,7 +124,7 @@ def ask_served(data: Path, limit: int, dtype: str) -> Answers:
             processes.append(subprocess.Popen(words, stdout=subprocess.DEVNULL))
         if any(list(map(subprocess.Popen.wait, processes))):
             raise SystemExit("an evaluation failed; what it said is above")
-    return {name: read_answers(WORK / dtype / name / "results.json") for name in EXAMPLES}
+    return {name: read_answers(WORK / dtype / name / "results.json") for name in names}
 
 
 def read_answers(path: Path) -> list[str]:
@@ -129,12 +133,13 @@ def read_answers(path: Path) -> list[str]:
 
 
 @torch.inference_mode()
-def ask_hugging_face(data: Path, limit: int) -> Answers:
+def ask_hugging_face(names: Sequence[str], data: Path, limit: int) -> Answers:
     """What the base answers in float32, each adapter folded into its weights in turn."""
     base = base_folder(None)
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
     answers: Answers = {}
-    for name, (task, _) in EXAMPLES.items():
+    for name in names:
+        task, _ = EXAMPLES[name]
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         fold(model, FOLDER / name)
         texts = [question.text for question in TASKS[task].read(test_file(data, task))[:limit]]
