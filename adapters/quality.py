@@ -1,10 +1,10 @@
 """Train every form of adapter on the same rows and steps, and score each as it is served.
 
-PYTHONPATH=. OMP_NUM_THREADS=1 GOMP_SPINCOUNT=1000 python adapters/quality.py TASK DATA docs/quality/runs.jsonl
+PYTHONPATH=. python adapters/quality.py TASK DATA docs/quality/runs.jsonl
 
 Runs that the results have already are left out, so it can be stopped and started again at any time.
-Tasks can run side by side: two trainings of one thread do half as much again as one of two.
-DATA is as in sources.py.
+Tasks can run side by side, with OMP_NUM_THREADS=1 and GOMP_SPINCOUNT=1000 on two cores. DATA is as
+in sources.py.
 """
 
 import json
