@@ -31,7 +31,7 @@ from adapters.sources import COMMON_A, WORK, test_file, train, train_common_a
 from loadtest.markdown import table
 from loadtest.servers import our_server
 from sharelora_serve.evaluation.scores import Scores
-from sharelora_serve.evaluation.tasks import TASKS
+from sharelora_serve.evaluation.tasks import TASKS, spread
 from sharelora_serve.models.source import base_folder
 
 FOLDER = Path("adapters")
@@ -86,7 +86,7 @@ def check(
     lines = []
     for name in names:
         task, _ = EXAMPLES[name]
-        questions = TASKS[task].read(test_file(data, task))[:limit]
+        questions = spread(TASKS[task].read(test_file(data, task)), limit)
         scores: list[Scores] = [
             TASKS[task].score(questions, answers[name]) for answers in (*served.values(), alone)
         ]
@@ -142,7 +142,8 @@ def ask_hugging_face(names: Sequence[str], data: Path, limit: int) -> Answers:
         task, _ = EXAMPLES[name]
         model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32).eval()
         fold(model, FOLDER / name)
-        texts = [question.text for question in TASKS[task].read(test_file(data, task))[:limit]]
+        questions = spread(TASKS[task].read(test_file(data, task)), limit)
+        texts = [question.text for question in questions]
         answers[name] = []
         for start in track(range(0, len(texts), _BATCH), description=name):
             answers[name] += generate(

@@ -42,7 +42,7 @@ def evaluate(
     ],
     model: Annotated[str, typer.Option(help="Name that is served, the base's or an adapter's.")],
     limit: Annotated[
-        int | None, typer.Option(min=1, help="Questions from the file's start; without it all.")
+        int | None, typer.Option(min=1, help="Questions, evenly over the file; without it all.")
     ] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=100, help="Questions at once.")] = 32,
     out: Annotated[
@@ -68,14 +68,15 @@ def evaluate(
         try:
             from sharelora_serve.evaluation.report import as_markdown, write_report
             from sharelora_serve.evaluation.scores import loss_scores
-            from sharelora_serve.evaluation.tasks import TASKS, read_worked_answers
+            from sharelora_serve.evaluation.tasks import TASKS, read_worked_answers, spread
         except ImportError as error:
             raise ConfigurationError(
                 f"evaluation needs more packages ({error}); pip install 'sharelora-serve[evaluate]'"
             ) from error
         chosen = TASKS[task]
-        questions = chosen.read(data)[:limit]
-        worked = read_worked_answers(data, base)[:limit] if task is TaskName.GSM8K else []
+        questions = spread(chosen.read(data), limit)
+        worked = read_worked_answers(data, base) if task is TaskName.GSM8K else []
+        worked = spread(worked, limit)
         with (
             connect(url, api_key) as client,
             progress_bar(MofNCompleteColumn(), TimeRemainingColumn()) as progress,

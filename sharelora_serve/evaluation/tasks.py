@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from transformers import AutoTokenizer
 
@@ -16,6 +17,8 @@ from sharelora_serve.models.source import base_folder
 from sharelora_serve.training.data import Row, Template, read_rows
 
 _FINAL_ANSWER = re.compile(r"#### (-?[\d,]+(?:\.\d+)?)\s*$")
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +41,12 @@ class Task:
     max_tokens: int
     read: Callable[[Path], list[Question]]
     score: Callable[[Sequence[Question], Sequence[str]], Scores]
+
+
+def spread(items: list[Item], limit: int | None) -> list[Item]:
+    """As many items, evenly over all of them, since test files are sorted; None for all."""
+    count = len(items) if limit is None else min(limit, len(items))
+    return [items[number * len(items) // count] for number in range(count)]
 
 
 def _rows(path: Path, columns: tuple[str, str]) -> list[tuple[str, str]]:

@@ -145,13 +145,13 @@ def test_loss_of_worked_answers_is_hugging_faces(tmp_path: Path, seed: int) -> N
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with running_server(tmp_path / "log", "--model", str(model), "--dtype", "float32") as server:
         arguments = ["evaluate", "gsm8k", str(data), "--model", "tiny", "--url", server.url]
-        options = ["--base", str(model), "--out", str(out), "--limit", "5"]
+        options = ["--base", str(model), "--out", str(out), "--limit", "3"]
         result = CliRunner().invoke(app, [*arguments, *options])
         assert result.exit_code == 0, result.output
     tokenizer = AutoTokenizer.from_pretrained(model)
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     losses: list[float] = []
-    for row in rows[:5]:
+    for row in rows[::2]:
         question = {"role": "user", "content": row["question"]}
         prompt = tokenizer.apply_chat_template(
             [question], tokenize=False, add_generation_prompt=True
