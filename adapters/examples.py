@@ -42,7 +42,7 @@ app = typer.Typer()
 Names = Annotated[list[str] | None, typer.Argument(help="Of examples, if not of all.")]
 
 _PAPERS_RANK = ("--rank", "4")  # of E2E
-_RATE = ("--learning-rate", "1e-2")  # of forms with little to train
+_RATE = ("--learning-rate", "1e-2")  # of ShareAB and a frozen A; without a sweep yet
 _FLEET = ("--freeze-a-from", str(COMMON_A), *_RATE)
 
 EXAMPLES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(

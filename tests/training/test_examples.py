@@ -28,8 +28,7 @@ def test_an_example_is_what_it_was_asked_to_be_and_has_a_card(name: str) -> None
     assert adapter.config["r"] == int(rank)
     card = (FOLDER / name / "README.md").read_text()
     assert card.startswith(f"# {name}\n")
-    for option in options:
-        assert option in card
+    assert " ".join(options) in card
 
 
 def test_examples_are_small_and_the_fleet_has_one_a() -> None:
