@@ -19,19 +19,12 @@ from sharelora_serve.adapters.layout import MODULES
 from sharelora_serve.models.config import load_model_config
 from sharelora_serve.models.source import base_folder
 from sharelora_serve.training.batches import collate
-from sharelora_serve.training.counts import Method
+from sharelora_serve.training.counts import compared_methods
 from sharelora_serve.training.data import Row, Template, read_rows
 from sharelora_serve.training.factors import add_factors
 from sharelora_serve.training.settings import TrainSettings
 from sharelora_serve.training.trainer import Trainer
 
-_METHODS = {
-    "LoRA": Method(""),
-    "ShareA": Method("A"),
-    "ShareB": Method("B"),
-    "ShareAB": Method("AB"),
-    "A frozen": Method("A", freeze_a=True),
-}
 _PEER = "LoRA, PEFT and Trainer"
 
 
@@ -46,13 +39,14 @@ def measure_training(
 ) -> str:
     """A Markdown table of tokens per second, padding left out, medians of rounds in turn."""
     folder = base_folder(model)
-    limit = load_model_config(folder).max_model_len
-    rows = read_rows(data, AutoTokenizer.from_pretrained(folder), limit, template)
+    config = load_model_config(folder)
+    rows = read_rows(data, AutoTokenizer.from_pretrained(folder), config.max_model_len, template)
+    methods = compared_methods(config.layout("base").shapes)
     settings = replace(settings, num_steps=num_steps)
-    found: dict[str, list[float]] = {name: [] for name in (*_METHODS, _PEER)}
+    found: dict[str, list[float]] = {name: [] for name in (*methods, _PEER)}
     for number in range(rounds):
         own = replace(settings, seed=number)
-        for name, method in _METHODS.items():
+        for name, method in methods.items():
             found[name].append(_ours(folder, rows, replace(own, method=method)))
         found[_PEER].append(_peer(folder, rows, own, num_steps))
     lines = []
