@@ -39,8 +39,6 @@ _BATCH = 16
 
 app = typer.Typer()
 
-Names = Annotated[list[str] | None, typer.Argument(help="Of examples, if not of all.")]
-
 _PAPERS_RANK = ("--rank", "4")  # of E2E
 _RATE = ("--learning-rate", "1e-2")  # of ShareAB and a frozen A; without a sweep yet
 _FLEET = ("--freeze-a-from", str(COMMON_A), *_RATE)
@@ -61,12 +59,24 @@ EXAMPLES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
 """By name: the data set, and how it is trained; of rank 16 if nothing else is said."""
 
 
+def known(names: list[str] | None) -> list[str]:
+    """All examples if none are named. Raises BadParameter if one is not there."""
+    for name in names or ():
+        if name not in EXAMPLES:
+            raise typer.BadParameter(f"{name} is none of {', '.join(EXAMPLES)}")
+    return names or list(EXAMPLES)
+
+
+Names = Annotated[list[str] | None, typer.Argument(help="Of examples, if not of all.")]
+
+
 @app.command("train")
 def train_missing(data: Path, names: Names = None) -> None:
     """Train the examples that are missing, and first the A that the fleet has in common."""
+    wanted = known(names)
     if not COMMON_A.exists():
         train_common_a(data)
-    for name in names or EXAMPLES:
+    for name in wanted:
         if not (FOLDER / name).exists():
             Console(stderr=True).rule(name)
             task, options = EXAMPLES[name]
@@ -80,7 +90,7 @@ def check(
     limit: Annotated[int, typer.Option(help="Questions of each test file.")] = 100,
 ) -> None:
     """Score examples: served in float16 and float32, at once, and by Hugging Face alone."""
-    names = names or list(EXAMPLES)
+    names = known(names)
     served = {dtype: ask_served(names, data, limit, dtype) for dtype in ("float16", "float32")}
     alone = ask_hugging_face(names, data, limit)
     lines = []

@@ -128,6 +128,8 @@ def main(
     minutes: Annotated[float, typer.Option(help="Begin no run after so many.")] = 1e9,
 ) -> None:
     """Do the runs that are missing, one line of results for each."""
+    if task not in TASKS:
+        raise typer.BadParameter(f"{task} is none of {', '.join(TASKS)}")
     ends_at = time.monotonic() + 60 * minutes
     results.parent.mkdir(parents=True, exist_ok=True)
     if not COMMON_A.exists():
