@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 from rich.console import Console
 
@@ -40,7 +41,7 @@ FORMS: dict[str, tuple[str, ...]] = {
     "ShareA": ("--share", "A"),
     "ShareB": ("--share", "B"),
     "ShareAB": ("--share", "AB"),
-    "random A, frozen": ("--freeze-a-from", "1"),
+    "random A, frozen": ("--freeze-a",),
     "A of a mixture, frozen": ("--freeze-a-from", str(COMMON_A)),
 }
 
@@ -79,7 +80,7 @@ def next_run(results: Results, task: str) -> Run | None:
 
 
 def next_rate(results: Results, task: str, form: str) -> float | None:
-    """None once the rates on both sides of the best were tried."""
+    """None once the best rate's neighbours in RATES were tried."""
     known = sweep(results, task, form)
     for rate in _FIRST_RATES:
         if rate not in known:
@@ -108,7 +109,7 @@ def measure(run: Run, data: Path, url: str) -> dict[str, Any]:
     """Train and evaluate; scores by name, and what the training took."""
     task = TASKS[run.task]
     name = f"{run.form} {run.rate:g} {run.seed}".replace(",", "").replace(" ", "-")
-    folder, report = WORK / run.task / name, WORK / run.task / "report"
+    folder, report = WORK / run.task / name, WORK / run.task / "reports" / name
     options = ("--learning-rate", str(run.rate), "--seed", str(run.seed))
     training = train(data, run.task, folder, *FORMS[run.form], *options)
     command("adapters", "add", "trained", str(folder), "--replace", "--url", url)
@@ -137,7 +138,11 @@ def main(
     with our_server(WORK / task / "log", "--prefix-cache") as server:
         while time.monotonic() < ends_at and (run := next_run(read_results(results), task)):
             Console(stderr=True).rule(f"{run.task}, {run.form}, {run.rate:g}, seed {run.seed}")
-            found = measure(run, data, server.url)
+            try:
+                found = measure(run, data, server.url)
+            except SystemExit:  # it diverged, and the trainer or the server refuses what came
+                httpx.get(f"{server.url}/health").raise_for_status()
+                found = {TASKS[task].score: 0.0, "failed": True}
             with results.open("a") as file:
                 file.write(json.dumps({**vars(run), **found}) + "\n")
 

@@ -11,6 +11,8 @@ from pycocoevalcap.cider.cider import Cider
 from rouge_score.rouge_scorer import RougeScorer
 from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
+_NIST_ORDER = 5  # of the longest n-grams, as the E2E challenge's script has it
+
 
 @dataclass(frozen=True, slots=True)
 class Score:
@@ -63,11 +65,11 @@ def _words(text: str) -> list[str]:
 
 
 def _nist(answers: Sequence[str], references: Sequence[Sequence[str]]) -> float:
-    score: float = corpus_nist(
-        [[_words(text) for text in given] for given in references],
-        [_words(answer) for answer in answers],
-        n=5,
-    )
+    words = [_words(answer) for answer in answers]
+    if max(map(len, words)) < _NIST_ORDER:
+        return 0.0  # what nltk divides by: there is no n-gram of that order
+    expected = [[_words(text) for text in given] for given in references]
+    score: float = corpus_nist(expected, words, n=_NIST_ORDER)
     return score
 
 

@@ -53,6 +53,12 @@ def test_answers_that_are_a_reference_score_highest(seed: int) -> None:
         assert score.value > worst[name].value, name
 
 
+def test_answers_too_short_for_an_n_gram_are_scored() -> None:
+    scores = text_scores(["a cafe", ""], [["It is a cafe."], ["It is a pub by the river."]])
+    assert scores["NIST"].value == 0
+    assert scores["ROUGE-L"].value > 0
+
+
 def test_accuracy_has_the_standard_error_of_a_share() -> None:
     score = accuracy_scores("right", [True, False, False, False])["right"]
     assert score.value == 25
