@@ -5,7 +5,8 @@
 # For an NVIDIA GPU take a torch with CUDA, such as PyPI's own for x86-64, which brings Triton along,
 # and the C compiler with which Triton builds its launchers; and pass the GPU in:
 # docker build -t sharelora-serve:cuda --build-arg TORCH_INDEX=https://pypi.org/simple --build-arg SYSTEM_PACKAGES="gcc libc6-dev" .
-# docker run --gpus all -p 8000:8000 -v sharelora-cache:/var/cache/sharelora sharelora-serve:cuda
+# docker run --gpus all -p 8000:8000 -v sharelora-cache:/var/cache/sharelora -e SHARELORA_DTYPE=bfloat16 sharelora-serve:cuda
+# (the embedded base's own float32 is exact, and has no fast attention)
 
 FROM python:3.11-slim AS build
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

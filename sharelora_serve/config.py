@@ -17,6 +17,7 @@ from sharelora_serve.errors import ConfigurationError
 
 ENV_PREFIX = "SHARELORA_"
 EMBEDDED_MODEL_NAME = "SmolLM2-135M-Instruct"
+EMBEDDED_MODEL_ID = f"HuggingFaceTB/{EMBEDDED_MODEL_NAME}"  # on the hub
 
 _UNITS = {
     "": 1,

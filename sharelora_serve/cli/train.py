@@ -218,10 +218,12 @@ def train(
                 report=report,
             )
         if not trained.is_complete:
-            typer.echo(
-                f"Stopped after step {trained.num_steps}; the same command with --resume goes on.",
-                err=True,
+            what_now = (
+                f"after step {trained.num_steps}; the same command with --resume goes on"
+                if trained.num_steps
+                else "before the first step; nothing was kept"
             )
+            typer.echo(f"Stopped {what_now}.", err=True)
             raise typer.Exit(_STOPPED)
         run.write(getattr(torch, dtype.value), data_name, licence, _command(sys.argv[1:]))
         show(

@@ -33,7 +33,7 @@ class Question:
 class Task:
     """A data set.
 
-    max_tokens  of an answer; the longest right one has fewer
+    max_tokens  of an answer; all right ones but two of GSM8K's have fewer
     read        questions from its test file, as its authors publish it
     score       answers, in the order of the questions
     """
@@ -57,7 +57,14 @@ def _rows(path: Path, columns: tuple[str, str]) -> list[tuple[str, str]]:
                 raise ConfigurationError(
                     f"{path} has the columns {reader.fieldnames}, expected {', '.join(columns)}"
                 )
-            return [(row[columns[0]], row[columns[1]]) for row in reader]
+            found = []
+            for row in reader:
+                if any(row[name] is None for name in columns):
+                    raise ConfigurationError(
+                        f"{path}, line {reader.line_num}: has fewer columns than the header"
+                    )
+                found.append((row[columns[0]], row[columns[1]]))
+            return found
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
 
@@ -89,6 +96,8 @@ def _read_gsm8k(path: Path) -> list[Question]:
     for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
+            if _FINAL_ANSWER.search(row["answer"]) is None:
+                raise ValueError("the answer does not end with #### and a number")
             questions.append(Question(row["question"], (row["answer"],)))
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigurationError(

@@ -2,9 +2,9 @@
 
 Weights and the activations between products are of one 16-bit type, each product's sums and the
 residual stream, norms, rotation and logits are float32. So a served number differs from
-`reference`'s, which holds all activations in float32, by one rounding for every product, norm and
-attention on its way: by about 2^-8 of its size in bfloat16, 2^-11 in float16. In float32 nothing
-is rounded in between and only sums come in another order.
+`reference`'s, which holds all activations in float32, by one rounding for every product, bias,
+adapter, norm and attention on its way: by about 2^-8 of its size in bfloat16, 2^-11 in float16. In
+float32 nothing is rounded in between and only sums come in another order.
 
 A row's bits may depend on how many rows the batch has, since cuBLAS chooses its algorithm by that.
 """
@@ -37,6 +37,9 @@ class CudaKernels(ReferenceKernels):
     ) -> None:
         """Compute in `dtype` with these parts, which may be twins that run on any device."""
         self.activations = dtype
+        # Else cuBLAS may add up the parts of a long sum in 16 bits.
+        torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
         self._attention = attention
         self._add_adapters = add_adapters
 

@@ -3,7 +3,8 @@
 import csv
 import json
 import random
-from collections.abc import Iterator, Mapping
+import string
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,7 +105,9 @@ def _fields(path: Path, template: Template | None) -> Iterator[tuple[int, Any]]:
             reader = csv.DictReader(file, strict=True)
             before = 1
             for fields in reader:
-                yield before + 1, fields
+                # DictReader's key for columns too many, and its value for those too few
+                is_whole = None not in fields and None not in fields.values()
+                yield before + 1, fields if is_whole else "has not as many columns as the header"
                 before = reader.line_num
     elif path.suffix in (".jsonl", ".json"):
         with path.open(encoding="utf-8-sig") as file:
@@ -150,9 +153,23 @@ def _texts(
     return fields["prompt"], fields["completion"] + tokenizer.eos_token
 
 
+class _Formatter(string.Formatter):
+    """Fills in texts and numbers alone: a null or a list would be learnt as Python spells it."""
+
+    def get_field(
+        self, field_name: str, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Any, Any]:
+        value, first = super().get_field(field_name, args, kwargs)
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise TypeError(f"{field_name!r} is {_kind(value)}, expected a text or a number")
+        return value, first
+
+
 def _fill(template: str, fields: Mapping[str, Any]) -> str:
     try:
-        return template.format_map(fields)
+        return _Formatter().vformat(template, (), fields)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
     except (KeyError, IndexError) as error:
         raise ValueError(
             f"has no field {error} for {template!r}; it has {', '.join(map(repr, fields))}"

@@ -112,9 +112,18 @@ def _fill(
             generator = torch.Generator().manual_seed(_seed_of(seed, layer, module))
             parameter.data.uniform_(-bound, bound, generator=generator)
         else:
-            place = QKV_MODULES[0] if module == QKV else module
+            place = _of_qkv(settings)[0] if module == QKV else module
             parameter.data.copy_(given[max(layer, 0), place])
         parameter.requires_grad_(not settings.method.freeze_a)
+
+
+def _of_qkv(settings: TrainSettings) -> list[str]:
+    """Those of q, k and v that are adapted and share their A with all layers."""
+    return [
+        module
+        for module in settings.modules
+        if module in QKV_MODULES and settings.method.shares(module, "A")
+    ]
 
 
 def _seed_of(seed: int, layer: int, module: str) -> int:
@@ -143,4 +152,9 @@ def _read_a(
                 f"{path} has another A of {module} in every layer, so layers cannot share it; "
                 "give an adapter that was trained with --share A, or leave --share A out"
             )
+    if settings.method.share_qkv and len({id(given[0, each]) for each in _of_qkv(settings)}) > 1:
+        raise ConfigurationError(
+            f"{path} has another A for each of q, k and v, so they cannot share it; give an "
+            "adapter that was trained with --share-qkv, or leave --share-qkv out"
+        )
     return given

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from sharelora_serve.config import ServeConfig
+from sharelora_serve.config import EMBEDDED_MODEL_ID, ServeConfig
 from sharelora_serve.models.config import load_model_config
 from sharelora_serve.models.source import base_folder
 from sharelora_serve.training.card import DataSource, write_card
@@ -55,6 +55,7 @@ class Run:
         self._folder = base_folder(model)
         config = load_model_config(self._folder)
         self._base = ServeConfig(model=model).base_name
+        self._base_id = model or EMBEDDED_MODEL_ID
         self._layout = config.layout(self._base)
         max_length = settings.max_length or config.max_model_len
         self._settings = replace(settings, max_length=max_length)
@@ -84,6 +85,7 @@ class Run:
         """Take the steps, or those that are left; see Trainer.train."""
         logging.disable_progress_bar()  # type: ignore[no-untyped-call]
         model = AutoModelForCausalLM.from_pretrained(self._folder, dtype=torch.float32)
+        self._base_digest = _digest(model.parameters())
         self._factors = add_factors(model, self._layout, self._settings)
         trainer = Trainer(
             model, self._factors, self._rows, self._held_out, self._settings, self._identity()
@@ -106,7 +108,7 @@ class Run:
         Raises ConfigurationError if the factors do not fit dtype, FileExistsError, OSError.
         """
         adapter = export(
-            self._factors, self._layout, self._settings, self._base, self._output, dtype
+            self._factors, self._layout, self._settings, self._base_id, self._output, dtype
         )
         source = DataSource(
             file=self._data,
@@ -137,6 +139,7 @@ class Run:
         template = None if self._template is None else asdict(self._template)
         return {
             "base": self._base,
+            "weights": self._base_digest,
             "data": self._digest,
             "held_out": len(self._held_out),
             "template": template,
@@ -146,11 +149,11 @@ class Run:
         }
 
 
-def _digest(factors: Iterable[torch.Tensor]) -> str:
-    """Tells frozen factors apart: an adapter may have changed under its name."""
+def _digest(parameters: Iterable[torch.Tensor]) -> str:
+    """Tells frozen ones apart: a base or an adapter may have changed under its name."""
     digest = hashlib.sha256()
-    for factor in {id(factor): factor for factor in factors}.values():
-        digest.update(factor.detach().numpy().tobytes())
+    for parameter in {id(parameter): parameter for parameter in parameters}.values():
+        digest.update(parameter.detach().contiguous().numpy())
     return digest.hexdigest()
 
 

@@ -95,7 +95,7 @@ class Trainer:
         """Take all steps, or those that are left, and keep a checkpoint in the folder.
 
         Once `stop` is set, the step that runs is the last. Raises ConfigurationError if there is
-        nothing to resume, or the loss is no longer finite.
+        nothing to resume, or loss or gradients are no longer finite.
         """
         torch.manual_seed(self._settings.seed)
         self._model.train()
@@ -161,14 +161,14 @@ class Trainer:
         self._optimizer.param_groups[0]["lr"] = rate
         loss = self.loss(batch)
         value = loss.item()
-        if not math.isfinite(value):
-            raise ConfigurationError(
-                f"the loss of step {step + 1} is {value}; give a lower --learning-rate than "
-                f"{self._settings.learning_rate:g}"
-            )
         self._optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]  # torch does not say what it takes
-        nn.utils.clip_grad_norm_(self._factors.trained.values(), _CLIP)
+        norm = nn.utils.clip_grad_norm_(self._factors.trained.values(), _CLIP).item()
+        if not (math.isfinite(value) and math.isfinite(norm)):
+            raise ConfigurationError(
+                f"step {step + 1} has a loss of {value:g} and gradients of norm {norm:g}; begin "
+                f"anew and give a lower --learning-rate than {self._settings.learning_rate:g}"
+            )
         self._optimizer.step()
         return value
 

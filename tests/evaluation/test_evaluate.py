@@ -87,6 +87,15 @@ def test_worked_answers_end_with_the_number(answer: str, well_formed: int, right
     assert scores["exact match"].value == right
 
 
+def test_a_line_of_a_test_file_that_is_wrong_is_named(tmp_path: Path) -> None:
+    (tmp_path / "test.csv").write_text("text,category\na,b\nbroken\n")
+    with pytest.raises(ConfigurationError, match=r"test\.csv, line 3: has fewer columns"):
+        TASKS["banking77"].read(tmp_path / "test.csv")
+    (tmp_path / "test.jsonl").write_text('{"question": "a", "answer": "it is 5"}\n')
+    with pytest.raises(ConfigurationError, match=r"line 1: .*does not end with #### and a number"):
+        TASKS["gsm8k"].read(tmp_path / "test.jsonl")
+
+
 def test_references_of_one_record_stand_together(tmp_path: Path) -> None:
     path = tmp_path / "test.csv"
     path.write_text('mr,ref\n"name[A]","A one"\n"name[B]","B one"\n"name[A]","A two"\n')

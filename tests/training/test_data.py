@@ -149,6 +149,24 @@ def test_a_field_that_a_template_lacks(tokenizer: Any, tmp_path: Path) -> None:
     assert "it has 'text', 'label'" in message
 
 
+def test_what_is_no_text_in_a_field_is_named_and_not_learnt(tokenizer: Any, tmp_path: Path) -> None:
+    lines = [{"text": "a", "category": value} for value in ("b", None, ["c"], True, 5)]
+    message = refusal(written(tmp_path / "a.jsonl", *lines), tokenizer, template=TEMPLATE)
+    assert "3 lines to mend" in message
+    assert "line 2: 'category' is NoneType null, expected a text or a number" in message
+    path = written(tmp_path / "a.csv", "text,category", "a,b", "broken", "c,d,e")
+    message = refusal(path, tokenizer, template=TEMPLATE)
+    assert "2 lines to mend" in message
+    assert "line 3: has not as many columns as the header" in message
+
+
+def test_a_template_reaches_into_a_field(tokenizer: Any, tmp_path: Path) -> None:
+    path = written(tmp_path / "a.jsonl", {"text": {"en": "sea"}, "answers": ["x", "y"]})
+    (row,) = read_rows(path, tokenizer, 512, Template("{text[en]}", "{answers[1]}"))
+    assert "sea" in tokenizer.decode(row.prompt_ids)
+    assert tokenizer.decode(row.answer_ids) == "y" + tokenizer.eos_token
+
+
 def test_a_template_that_is_none(tokenizer: Any, tmp_path: Path) -> None:
     path = written(tmp_path / "a.jsonl", {"text": "a"})
     with pytest.raises(ConfigurationError, match="is no template"):

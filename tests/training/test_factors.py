@@ -183,6 +183,26 @@ def test_an_a_taken_from_an_adapter_is_its_very_bytes_in_the_next_one(
         add_factors(load(model_folder), layout, replace(tenant, freeze_a_from=tmp_path / "apart"))
 
 
+def test_one_a_for_q_k_and_v_is_taken_from_an_adapter_that_has_one(
+    model_folder: Path, layout: BaseLayout, tmp_path: Path, seed: int
+) -> None:
+    frozen = Method("A", freeze_a=True, share_qkv=True)
+    for share_qkv in (True, False):
+        source = TrainSettings(MODULES[1:3], Method("A", share_qkv=share_qkv), seed=seed)
+        model = load(model_folder)
+        factors = add_factors(model, layout, source)
+        train_a_little(model, factors, seed)
+        given = exported(factors, layout, source, tmp_path / str(share_qkv))
+        tenant = replace(source, method=frozen, freeze_a_from=tmp_path / str(share_qkv))
+        if share_qkv:
+            taken = add_factors(load(model_folder), layout, tenant)
+            for place, (a, _) in taken.pairs.items():
+                assert a.equal(given.pairs[place].a)
+        else:
+            with pytest.raises(ConfigurationError, match="leave --share-qkv out"):
+                add_factors(load(model_folder), layout, tenant)
+
+
 def test_factors_that_the_stored_type_cannot_hold_are_refused(
     model_folder: Path, layout: BaseLayout, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """The command train: runs that stop and go on, what they write, and who can load it."""
 
+import json
 import random
 import re
 import shutil
@@ -69,6 +70,8 @@ def test_peft_answers_what_is_served_in_float32(
     arguments = ["adapters", "export", str(adapters / form), str(plain)]
     result = CliRunner().invoke(app, [*arguments, "--model", str(model_folder)])
     assert result.exit_code == 0, result.output
+    config = json.loads((plain / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(model_folder)
     drawn = random.Random(seed)
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     prompts = [tokenizer(" ".join(drawn.choices(WORDS, k=count))).input_ids for count in (3, 20)]
@@ -226,6 +229,23 @@ def test_a_rate_that_is_too_high_is_told(data: Path, tmp_path: Path, model_folde
     result = train(data, tmp_path / "out", model_folder, *options)
     assert result.exit_code == 2
     assert "give a lower --learning-rate than 1e+30" in result.output
+
+
+def test_a_run_on_another_base_than_before_is_not_gone_on_with(
+    data: Path, tmp_path: Path, seed: int
+) -> None:
+    base = tmp_path / "base"
+    write_tiny_model(base, "llama", seed=seed)
+    options = ("--steps", "400", "--save-every", "1")
+    with start(data, tmp_path / "out", base, *options) as process:
+        while not (tmp_path / ".out.checkpoint" / "checkpoint.safetensors").exists():
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.kill()
+    write_tiny_model(base, "llama", seed=seed + 1)
+    result = train(data, tmp_path / "out", base, *options, "--resume")
+    assert result.exit_code == 2
+    assert "weights: '" in result.output
 
 
 def test_what_is_trained_is_published_and_answers_from_the_server(
