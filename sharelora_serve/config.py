@@ -135,7 +135,8 @@ class ServeConfig(BaseSettings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
         description="Type of base weights, KV cache and adapters; auto is float16 on a CPU that "
-        "can pack it and the checkpoint's own on CUDA. float32 is exact, and the slowest.",
+        "can pack it and the checkpoint's own on CUDA. float32 is exact, and the slowest: it has no "
+        "fast attention on CUDA.",
     )
     kernels: Literal["auto", "cpu", "cuda", "reference"] = Field(
         "auto",
