@@ -135,7 +135,8 @@ class ServeConfig(BaseSettings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
         description="Type of base weights, KV cache and adapters; auto is float16 on a CPU that "
-        "can pack it and the checkpoint's own on CUDA. float32 is exact, and the slowest.",
+        "can pack it and the checkpoint's own on CUDA. float32 is exact, and the slowest: on CUDA "
+        "it has no fast attention.",
     )
     kernels: Literal["auto", "cpu", "cuda", "reference"] = Field(
         "auto",
@@ -357,7 +358,7 @@ def value_text(setting: str) -> str:
         return "on|off"
     if field.annotation in (int, int | None):
         return "INTEGER"
-    if field.annotation is float:
+    if field.annotation in (float, float | None):
         return "NUMBER"
     return "PATH" if field.annotation == Path | None else "TEXT"
 

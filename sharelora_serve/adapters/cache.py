@@ -7,11 +7,11 @@ written by loader threads.
 
 import logging
 import time
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from queue import SimpleQueue
-from threading import Lock, Thread
+from threading import Lock, Semaphore, Thread
 
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, PageTable
 from sharelora_serve.adapters.layout import BaseLayout
@@ -67,7 +67,9 @@ class AdapterCache:
         self._device_evictions = self._host_evictions = 0
         self._loads_in_progress = self._num_discarding = 0
         self._is_closed = False
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._to_discard: deque[Resident] = deque()
+        self._to_load: dict[Entry, None] = {}  # in the order in which their loads were asked for
+        self._num_jobs = Semaphore(0)  # in both of them, or a thread to stop
         self._threads = [
             Thread(target=self._work, name=f"adapter-loader-{index}", daemon=True)
             for index in range(num_loader_threads)
@@ -123,9 +125,9 @@ class AdapterCache:
             return Tier.DISK if entry is None else entry.tier
 
     def digests(self) -> set[str]:
-        """Of all versions that are known, whose files a request may still need."""
+        """Of all versions whose files a request may still need."""
         with self._lock:
-            return {entry.version.digest for entry in self._entries.values()}
+            return {entry.version.digest for entry in self._entries.values() if entry.may_be_read}
 
     def adapter(self, version: AdapterVersion) -> Adapter:
         """A known version's factors, read from disk in this thread if they are only there.
@@ -205,17 +207,18 @@ class AdapterCache:
                 self._rest(entry)
                 self._settle(entry)
 
-    def prefetch(self, version: AdapterVersion) -> None:
-        """Load a queued request's adapter if idle ones leave room; no promise is made.
+    def prefetch(self, version: AdapterVersion, *, is_reserved: bool = True) -> None:
+        """Load an adapter that is likely to be asked for if idle ones leave room; no promise.
 
-        Nothing in use, reserved or itself prefetched is evicted.
+        Nothing in use or reserved is evicted. What is reserved, since a queued request is known to
+        come for it, no other prefetch evicts until `acquire` or `cancel`.
         """
         with self._lock:
             entry = self._entries.get(version.key)
             if entry is None or entry.resident is not None or entry.is_loading:
                 return
             if entry.failure is None and entry.refused_at != self._epoch:
-                entry.is_prefetched = True
+                entry.is_prefetched = is_reserved
                 self._start_load(entry)
 
     def stats(self) -> CacheStats:
@@ -233,15 +236,13 @@ class AdapterCache:
                 num_pinned=sum(entry.num_pins > 0 for entry in self._entries.values()),
                 num_on_host=len(self._host),
                 host_bytes=self._host_bytes,
-                host_capacity_bytes=self._host_memory_bytes,
                 pool=pool,
             )
 
     def close(self) -> None:
         """Stop the loader threads; loads that are queued never happen."""
         self._is_closed = True
-        for _ in self._threads:
-            self._jobs.put(None)
+        self._num_jobs.release(len(self._threads))
         for thread in self._threads:
             thread.join()
 
@@ -259,7 +260,8 @@ class AdapterCache:
     def _start_load(self, entry: Entry) -> None:
         entry.is_loading = True
         self._loads_in_progress += 1
-        self._jobs.put(partial(self._load, entry))
+        self._to_load[entry] = None
+        self._num_jobs.release()
 
     def _rest(self, entry: Entry) -> None:
         """If nobody holds a resident any more, it may be evicted, after all others."""
@@ -285,7 +287,8 @@ class AdapterCache:
             self._drop_from_host(entry)
         if entry.resident is not None:
             self._num_discarding += 1
-            self._jobs.put(partial(self._discard, entry.resident))
+            self._to_discard.append(entry.resident)
+            self._num_jobs.release()
 
     def _keep_on_host(self, entry: Entry, adapter: Adapter) -> None:
         num_bytes = adapter.num_bytes
@@ -326,9 +329,18 @@ class AdapterCache:
 
     def _work(self) -> None:
         lower_priority(_NICENESS)
-        while (job := self._jobs.get()) is not None and not self._is_closed:
-            job()
+        while self._num_jobs.acquire() and not self._is_closed:
+            self._next_job()()
             self._on_change()
+
+    def _next_job(self) -> Callable[[], None]:
+        """What makes room first, then the load that is most urgent, of such the oldest."""
+        with self._lock:
+            if self._to_discard:
+                return partial(self._discard, self._to_discard.popleft())
+            entry = max(self._to_load, key=lambda entry: entry.urgency)
+            del self._to_load[entry]
+            return partial(self._load, entry)
 
     def _discard(self, resident: Resident) -> None:
         self._pool.release(resident)
@@ -365,7 +377,7 @@ class AdapterCache:
             if entry.adapter is not None:
                 self._host.move_to_end(entry)
                 return entry.adapter, True
-        adapter = self._read(entry.version)
+        adapter = replace(self._read(entry.version), name=entry.version.name)
         with self._lock:
             self._disk_loads += 1
             if self._entries.get(entry.version.key) is entry:  # else it was forgotten meanwhile

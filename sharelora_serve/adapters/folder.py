@@ -12,7 +12,7 @@ from watchfiles import watch
 
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.registry import AdapterRegistry
-from sharelora_serve.errors import AdapterExistsError, ServeError, StorageError
+from sharelora_serve.errors import AdapterExistsError, PinsFullError, ServeError, StorageError
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,8 @@ class AdapterFolder:
             published = self._registry.publish(
                 AdapterName(None, name), path, fingerprint=fingerprint
             )
-        except (StorageError, AdapterExistsError) as error:  # pass without a change of the folder
+        except (StorageError, AdapterExistsError, PinsFullError) as error:
+            # It may be served later though the folder stays as it is.
             if self._delayed.get(name) != fingerprint:
                 logger.error("%s is not served as it is now: %s", path, error.message)
             self._delayed[name] = fingerprint

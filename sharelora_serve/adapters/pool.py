@@ -152,6 +152,12 @@ class MatrixPool:
             (resident,) = (r for r in self._residents if r.page_table is page_table)
             self._num_pinned += _page_counts(resident._factors)
 
+    @property
+    def pinned_bytes(self) -> int:
+        """Of the pages that `pin` took for good."""
+        with self._lock:
+            return self._num_bytes(self._num_pinned)
+
     def add(self, adapter: Adapter, layout: BaseLayout) -> Resident:
         """Stage and place an adapter. Raises as `stage` and `place` do, then changes nothing."""
         return self.place(self.stage(adapter, layout))

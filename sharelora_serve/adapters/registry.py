@@ -184,7 +184,7 @@ class AdapterRegistry:
             published = Published(name, version, summary, is_pinned, is_from_folder, created_at)
             self._switch(previous, published, pinned_bytes)
         if fingerprint is None:  # whoever uploads is about to ask; of a whole folder few are asked
-            self._cache.prefetch(version)
+            self._cache.prefetch(version, is_reserved=False)
         return published
 
     def remove(self, name: AdapterName, *, expected: str | None = None) -> None:
@@ -237,14 +237,15 @@ class AdapterRegistry:
             published = self.find(name)
             self._check(name, published, None, expected)
             digest = choose_version(self._store.versions(name), published.version.digest, version)
-            adapter = self._store.read(digest)  # what cannot be read is not rolled back to
+            # What cannot be read is not rolled back to.
+            adapter = replace(self._store.read(digest), name=name.text)
             self._pool.check(adapter)
             num_bytes = self._bytes_to_pin(name, adapter) if published.is_pinned else 0
             self._store.roll_back(name, digest)
             new = replace(published, version=_version(name, digest), summary=summarise(adapter))
             self._cache.admit(new.version, adapter)
             self._switch(published, new, num_bytes)
-        self._cache.prefetch(new.version)
+        self._cache.prefetch(new.version, is_reserved=False)
         return new
 
     def folders(self) -> dict[str, str]:
@@ -329,6 +330,7 @@ class AdapterRegistry:
         """Device memory of the adapter; PinsFullError if it may not be pinned beside the others."""
         num_bytes = self._pool.num_bytes_for(adapter)
         others = sum(of for other, of in self._pinned_bytes.items() if other != name)
+        others += self._pool.pinned_bytes  # of an adapter that is merged
         if others + num_bytes > (limit := int(self._pool.arena.nbytes * _MOST_PINNED)):
             raise PinsFullError(
                 f"adapter {name.name!r} takes {num_bytes} bytes of device memory, and with it more "

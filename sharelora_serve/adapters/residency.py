@@ -39,7 +39,6 @@ class CacheStats:
     loads_in_progress  loads that are queued or running
     num_pinned         versions that stay on the device
     num_on_host        versions in host memory, of host_bytes in all
-    host_capacity_bytes  the bound of host_bytes
     pool               the device tier
     """
 
@@ -53,7 +52,6 @@ class CacheStats:
     num_pinned: int
     num_on_host: int
     host_bytes: int
-    host_capacity_bytes: int
     pool: PoolStats
 
 
@@ -93,6 +91,16 @@ class Entry:
     def is_needed(self) -> bool:
         """Whether it must stay known."""
         return self.is_held or self.num_names > 0 or self.num_bound > 0 or self.is_loading
+
+    @property
+    def may_be_read(self) -> bool:
+        """Whether its files may be needed, as they are not for what is merged and has no name."""
+        return self.num_names > 0 or self.num_bound > 0 or self.is_loading
+
+    @property
+    def urgency(self) -> int:
+        """Of its load: a request that waits for it goes before a pin, a pin before a guess."""
+        return 2 if self.is_wanted else int(self.num_pins > 0)
 
     def forget_failures(self) -> None:
         """The next load is tried at once."""

@@ -21,7 +21,7 @@ from sharelora_serve.adapters.adapter_files import (
     are_refused_weights,
 )
 from sharelora_serve.adapters.naming import shown
-from sharelora_serve.errors import AdapterInvalidError
+from sharelora_serve.errors import AdapterInvalidError, RequestTooLargeError
 
 _CHUNK_BYTES = 64 * 1024
 _TAR_BLOCK_BYTES = 16 * 1024  # read ahead by tarfile
@@ -170,7 +170,7 @@ class _Target:
     def write(self, path: Path, content: IO[bytes]) -> int:
         """Write `content` to a new file, and return the number of its bytes.
 
-        Raises AdapterInvalidError when more than max_bytes would be written in all.
+        Raises RequestTooLargeError when more than max_bytes would be written in all.
         """
         path.parent.mkdir(parents=True, exist_ok=True)
         num_bytes = 0
@@ -229,9 +229,11 @@ def _refused(name: str, reason: str) -> AdapterInvalidError:
     return AdapterInvalidError(f"its member {shown(repr(name))} {reason}; {_PACK_AGAIN}")
 
 
-def _too_large(max_bytes: int) -> AdapterInvalidError:
-    return AdapterInvalidError(
-        f"it unpacks to more than {max_bytes} bytes; pack only {CONFIG_FILE} and {PEFT_FILE}"
+def _too_large(max_bytes: int) -> RequestTooLargeError:
+    return RequestTooLargeError(
+        f"the adapter unpacks to more than {max_bytes} bytes, the most this server accepts; pack "
+        f"only {CONFIG_FILE} and {PEFT_FILE}, or raise --max-adapter-bytes",
+        param="file",
     )
 
 

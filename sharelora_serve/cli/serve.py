@@ -25,7 +25,7 @@ from sharelora_serve.config import (
     flag,
     value_text,
 )
-from sharelora_serve.errors import ConfigurationError, EngineStoppedError
+from sharelora_serve.errors import ConfigurationError
 from sharelora_serve.server.connection import BoundedConnection
 from sharelora_serve.server.keys import read_keys
 from sharelora_serve.server.logs import configure_logging
@@ -90,8 +90,6 @@ def _run(config: ServeConfig, console: Console) -> None:
     if config.api_keys is None:
         _say_that_there_are_no_keys(config, listener)
     server.run(sockets=[listener])
-    if not server.started:
-        raise EngineStoppedError("the server did not start; its log says why")
 
 
 def _announce(config: ServeConfig, listener: socket.socket, console: Console) -> None:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.progress import MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
+from sharelora_serve.adapters.naming import NAME_RULE, AdapterName
 from sharelora_serve.cli.connection import ApiKey, connect, parse_answer
 from sharelora_serve.cli.failure import one_message
 from sharelora_serve.cli.output import progress_bar, show
@@ -194,6 +195,8 @@ def train(
             raise ConfigurationError(f"{output} exists; remove it or give another folder")
         if (publish is None) is not (name is None):
             raise ConfigurationError("--publish and --name go together; give both or neither")
+        if name is not None and AdapterName.parse(name) is None:
+            raise ConfigurationError(f"--name {name!r} cannot name an adapter: {NAME_RULE}")
         if publish is not None:
             with connect(publish, api_key) as client:  # first, so that no run is in vain
                 parse_answer(client.get("/v1/models"))

@@ -362,6 +362,6 @@ class Engine:
                 prompt_logprobs=self._prompt_logprobs.pop(request.request_id, None),
                 finish_reason=request.finish_reason,
                 error=error,
-                num_cached_tokens=request.num_cached_tokens,
+                num_cached_tokens=request.num_cached_tokens or 0,
             )
         )

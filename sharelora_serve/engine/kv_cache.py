@@ -93,8 +93,8 @@ class KVCache:
         """Give a request without blocks the longest cached prefix; return its tokens.
 
         Takes references and sets block_table and num_computed. num_cached_tokens becomes the
-        prompt tokens among them and enters the statistics, unless the request has output already:
-        then it was preempted, and what it finds is mostly its own.
+        prompt tokens among them and enters the statistics, but once: a request that was preempted
+        finds mostly its own.
         Finds nothing for prompt_logprobs, which needs the logits of every position.
         """
         assert not request.block_table, f"request {request.request_id} has blocks already"
@@ -104,7 +104,7 @@ class KVCache:
         request.block_table = blocks
         request.num_computed = len(blocks) * self.block_size
         self._num_committed[request] = len(blocks)
-        if self.prefix_caching and not request.output_ids:
+        if self.prefix_caching and request.num_cached_tokens is None:
             request.num_cached_tokens = request.num_computed
             self.num_hit_tokens += request.num_computed
             self.num_queried_tokens += request.num_tokens

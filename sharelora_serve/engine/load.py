@@ -284,6 +284,7 @@ def _merge(
             f"{', '.join(sorted(there)[:20]) or 'none'}"
         ) from None
     adapter = adapters.adapter(version)
+    adapters.pin(version)  # else a request that fits only without it would wait for it for ever
     while True:
         wake.clear()
         pages = adapters.acquire(version)

@@ -93,7 +93,7 @@ class Request:
     output_ids: list[int] = field(default_factory=list)
     block_table: list[int] = field(default_factory=list)  # KV block ids in token order
     num_computed: int = 0  # tokens whose KV is in block_table; 0 again after preemption
-    num_cached_tokens: int = 0
+    num_cached_tokens: int | None = None  # when it first ran; None before
     block_hashes: list[bytes] = field(default_factory=list)  # of its full blocks, so far as known
     page_table: PageTable | None = None  # held while running; None for the base and while queued
     finish_reason: FinishReason | None = None

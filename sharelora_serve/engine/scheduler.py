@@ -236,18 +236,14 @@ class Scheduler:
             return False
         request = entry.request
         is_barred = any(passed.must_be_next for passed in admission.overtaken)
-        has_place = len(self._running) < self._max_running
-        if is_barred or not (has_place or self._in_the_way(request)):
+        in_the_way = [] if is_barred else self._in_the_way(request)
+        if is_barred or not (in_the_way or self._has_room(request)):
             admission.is_open = False
             return False
         if not self._take_adapter(entry, admission):
             return False
-        for last in self._in_the_way(request):
+        for last in in_the_way:
             self._preempt(last, admission.batch)
-        if not self._has_room(request):
-            self._give_back(request)
-            admission.is_open = False
-            return False
         for passed in admission.overtaken:
             passed.num_overtaken += 1
         entry.num_overtaken = 0

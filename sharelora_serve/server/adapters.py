@@ -28,7 +28,7 @@ from sharelora_serve.server.body import parse_body, read_body
 from sharelora_serve.server.caller import Caller, require_admin
 from sharelora_serve.server.document import IF_MATCH, takes_form, takes_json
 from sharelora_serve.server.drain import Drain
-from sharelora_serve.server.errors import Problem
+from sharelora_serve.server.errors import BodyError, Problem
 from sharelora_serve.server.generation import GenerationContext
 from sharelora_serve.server.logs import request_fields
 from sharelora_serve.server.permissions import changeable, creatable, unknown_adapter, visible
@@ -38,8 +38,8 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-# Publications that are checked and stored at the same time, and how much of the processor they
-# leave to the requests that run.
+# Publications that are checked and stored at the same time, changes of names likewise, and how much
+# of the processor publications leave to the requests that run.
 _NUM_WORKERS = 2
 _NICENESS = 5
 
@@ -82,9 +82,10 @@ class AdapterRoutes:
         self._config = config
         self._receiver = Receiver(config.max_adapter_bytes)
         # Threads of their own: requests are parsed in asyncio's, and must not wait for a disk.
-        self._workers = ThreadPoolExecutor(
+        self._publishers = ThreadPoolExecutor(
             _NUM_WORKERS, "publisher", initializer=lower_priority, initargs=(_NICENESS,)
         )
+        self._changers = ThreadPoolExecutor(_NUM_WORKERS, "changer")
         self.router = router = APIRouter(prefix="/v1")
         if_match: dict[str, Any] = {"parameters": [IF_MATCH]}
         rollback = takes_json(RollbackFields, is_required=False)
@@ -130,14 +131,16 @@ class AdapterRoutes:
 
     async def create(self, request: Request) -> Response:
         """Publish a new adapter."""
-        async with self._receiver.receive(request) as upload:
-            name = creatable(_caller(request), _registry(request), upload.name or "")
+        async with self._receiver.receive(request, _caller(request).tenant) as upload:
+            if upload.name is None:
+                raise BodyError([Problem("name", "missing_required_parameter", "must be given")])
+            name = creatable(_caller(request), _registry(request), upload.name)
             published = await self._publish(request, name, upload, must_be_new=True)
         return await self._answer(request, published, status=201)
 
     async def publish(self, request: Request, name: str) -> Response:
         """Publish a new version of an adapter."""
-        async with self._receiver.receive(request) as upload:
+        async with self._receiver.receive(request, _caller(request).tenant) as upload:
             if upload.name is not None and upload.name != name:
                 raise InvalidRequestError(
                     f"name: {upload.name[:200]!r} is not the name in the path; leave it out",
@@ -187,6 +190,7 @@ class AdapterRoutes:
                 "published",
                 name,
                 lambda: _registry(request).publish(name, path, must_be_new=must_be_new),
+                self._publishers,
             )
         except AdapterExistsError:
             raise InvalidRequestError(
@@ -215,7 +219,7 @@ class AdapterRoutes:
                 path = unpack(upload.file, folder, max_bytes=self._config.max_adapter_bytes)
                 return registry.publish(name, path, must_be_new=must_be_new, expected=expected)
 
-        return await self._change(request, "published", name, publish, self._workers)
+        return await self._change(request, "published", name, publish, self._publishers)
 
     async def _remove(self, request: Request, name: AdapterName, expected: str | None) -> None:
         registry = _registry(request)
@@ -245,11 +249,11 @@ class AdapterRoutes:
     ) -> _Result:
         """Run a change to its end, even if the client goes: it is then done or not, never half.
 
-        Without `workers` it is a short one, which waits for no upload.
+        Without `workers` it is one without an upload.
         """
         drain: Drain = request.app.state.drain
         drain.check()
-        result = await asyncio.get_running_loop().run_in_executor(workers, change)
+        result = await asyncio.get_running_loop().run_in_executor(workers or self._changers, change)
         fields = {"model": name.text}
         if isinstance(result, Published):
             fields["version"] = result.version.digest

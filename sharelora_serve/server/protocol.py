@@ -34,8 +34,6 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIASES = 1_024
 MAX_TOKEN_DIGITS = 10
 MAX_SEED = 2**63 - 1
-GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: dividing by them would only overflow (as vLLM)."""
 
 
 def _refuse_unless_empty(value: object) -> None:
@@ -250,11 +248,10 @@ class GenerationFields(_Fields):
 
         Answer i uses seed + i, modulo 2^63, so n answers differ and each can be repeated alone.
         """
-        temperature = 1.0 if self.temperature is None else self.temperature
         logprobs = self.num_logprobs
         return SamplingParams(
             max_tokens=max_tokens,
-            temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+            temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             top_k=max(0, self.top_k or 0),
             min_p=self.min_p or 0.0,

@@ -1,6 +1,7 @@
 """An uploaded adapter: from the pieces of a multipart body to a folder that can be published."""
 
 import asyncio
+from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from sharelora_serve.server.errors import BodyError, Problem, shortened
 
 MAX_RECEIVING = 16
 """Uploads that may be under way at once; each may take --max-adapter-bytes of temporary disk."""
+
+MAX_RECEIVING_OF_ONE = 8
+"""Of them by one tenant, whose slow uploads would else keep all others out."""
 
 MAX_SECONDS = 900.0
 """How long one upload may take to arrive: a client that sends a byte now and then holds a place."""
@@ -51,21 +55,28 @@ class Receiver:
 
     def __init__(self, max_bytes: int) -> None:
         self._max_bytes = max_bytes
-        self._num_receiving = 0
+        self._receiving: Counter[str | None] = Counter()  # uploads under way, by tenant
 
     @asynccontextmanager
-    async def receive(self, request: Request) -> AsyncIterator[Upload]:
+    async def receive(self, request: Request, tenant: str | None) -> AsyncIterator[Upload]:
         """The upload in a multipart body; its file is gone when the block is left.
+
+        tenant  who sends it; None is an admin, or anybody where there are no keys
 
         Raises BodyError for another body, RequestTooLargeError, RequestTimeoutError,
         QueueFullError when too many are under way, and StorageError when the disk is full.
         """
-        if self._num_receiving >= MAX_RECEIVING:
+        if self._receiving.total() >= MAX_RECEIVING:
             raise QueueFullError(
                 f"{MAX_RECEIVING} uploads are under way already; try again later",
                 retry_after_seconds=5.0,
             )
-        self._num_receiving += 1
+        if tenant is not None and self._receiving[tenant] >= MAX_RECEIVING_OF_ONE:
+            raise QueueFullError(
+                f"{MAX_RECEIVING_OF_ONE} uploads of yours are under way already; wait for one",
+                retry_after_seconds=5.0,
+            )
+        self._receiving[tenant] += 1
         try:
             form = await self._parse(request)
             try:
@@ -73,7 +84,7 @@ class Receiver:
             finally:
                 await form.close()
         finally:
-            self._num_receiving -= 1
+            self._receiving[tenant] -= 1
 
     async def _parse(self, request: Request) -> FormData:
         kind = request.headers.get("content-type", "")

@@ -153,7 +153,7 @@ def _digest(parameters: Iterable[torch.Tensor]) -> str:
     """Tells frozen ones apart: a base or an adapter may have changed under its name."""
     digest = hashlib.sha256()
     for parameter in {id(parameter): parameter for parameter in parameters}.values():
-        digest.update(parameter.detach().contiguous().numpy())
+        digest.update(parameter.detach().numpy().tobytes())
     return digest.hexdigest()
 
 

@@ -174,7 +174,7 @@ def test_host_memory_is_bounded_and_what_left_it_is_read_from_disk_again(
     forgetful.assert_reads_back(forgetful.load(second), TWO)
     stats = forgetful.cache.stats()
     assert (stats.disk_loads, stats.host_hits, stats.num_on_host) == (2, 0, 1)
-    assert stats.host_bytes <= stats.host_capacity_bytes == BYTES
+    assert stats.host_bytes <= BYTES
 
 
 def test_host_lets_go_of_what_was_loaded_longest_ago(tmp_path: Path) -> None:
@@ -271,6 +271,61 @@ def test_prefetch_evicts_neither_running_nor_reserved_nor_prefetched(narrow: She
     assert cache.stats().device_evictions == 1
     narrow.assert_reads_back(table, ONE)
     assert isinstance(cache.acquire(third), PageTable)
+
+
+def test_adapter_that_nobody_is_known_to_come_for_gives_way_to_a_prefetch(narrow: Shelf) -> None:
+    cache = narrow.cache
+    for name, content in (("one", ONE), ("two", TWO)):
+        cache.prefetch(narrow.publish(name, content), is_reserved=False)
+    narrow.wait_for_loads()
+    third = narrow.publish("three", THREE)
+    cache.prefetch(third)
+    narrow.wait_for_loads()
+    assert isinstance(cache.acquire(third), PageTable)
+    assert cache.stats().device_evictions == 1
+
+
+def test_load_that_a_request_waits_for_is_the_next_one(narrow: Shelf) -> None:
+    cache = narrow.cache
+    first, second = narrow.publish("one", ONE), narrow.publish("two", TWO)
+    third = narrow.publish("three", THREE)
+    with narrow.loader_held():
+        cache.prefetch(first)
+        cache.prefetch(second)
+        cache.acquire(third)
+        cache.acquire(second)
+    narrow.wait_for_loads()  # of two there is room for, beside the doorstop for none
+    assert isinstance(cache.acquire(second), PageTable)
+    assert isinstance(cache.acquire(third), PageTable)
+    assert cache.tier(first) is Tier.HOST
+
+
+def test_request_that_waits_for_what_is_merged_fails_and_does_not_wait_for_ever(
+    narrow: Shelf,
+) -> None:
+    cache = narrow.cache
+    for name, content in (("merged", ONE), ("pinned", TWO)):
+        version = narrow.publish(name, content)
+        cache.pin(version)
+        if name == "merged":
+            narrow.load(version)  # and never released
+    narrow.wait_for_loads()
+    version = narrow.publish("three", THREE)
+    assert cache.acquire(version) is Waiting.LOADING
+    narrow.wait_for_loads()
+    with pytest.raises(AdapterUnavailableError, match="than the pinned adapters leave"):
+        cache.acquire(version)
+
+
+def test_files_of_what_is_merged_and_has_no_name_are_not_needed(shelf: Shelf) -> None:
+    version = shelf.publish("merged", ONE)
+    shelf.cache.pin(version)
+    shelf.load(version)
+    assert shelf.cache.digests() == {version.digest}
+    shelf.remove("merged")
+    assert shelf.cache.digests() == set()
+    assert isinstance(shelf.cache.acquire(version), PageTable)
+    shelf.cache.release(version)
 
 
 def test_request_that_runs_now_is_worth_more_than_a_prefetch(narrow: Shelf) -> None:

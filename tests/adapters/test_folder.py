@@ -52,10 +52,10 @@ class Watched:
 
 
 @contextmanager
-def watched(tmp_path: Path) -> Iterator[Watched]:
+def watched(tmp_path: Path, pool_bytes: int = 1 << 16) -> Iterator[Watched]:
     path = tmp_path / "adapters"
     path.mkdir(exist_ok=True)
-    with opened(tmp_path) as office:
+    with opened(tmp_path, pool_bytes) as office:
         watched = Watched(path, office)
         watched.folder.publish_all()
         try:
@@ -204,6 +204,26 @@ def test_bug_that_one_folder_meets_does_not_end_the_watching_of_the_others(
     live.put(ONE)
     live.wait_for(lambda: live.digest() is not None)
     assert caplog.text.count("RuntimeError: injected") == 1
+
+
+def test_folder_that_pins_leave_no_room_for_is_served_once_they_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sharelora_serve.adapters.folder._DELAY_SECONDS", 0.5)
+    with watched(tmp_path, pool_bytes=5 * ONE.num_bytes) as live:
+        live.put(ONE)
+        live.folder.publish_all()
+        before = live.digest()
+        registry, other = live.office.registry, AdapterName(None, "other")
+        live.office.publish(other, TWO)
+        for name in (ACME, other):
+            registry.set_pinned(name, True)
+        live.put(Content(7, rank=16))
+        live.folder.publish_all()
+        live.folder.start()
+        assert live.digest() == before
+        registry.set_pinned(other, False)
+        live.wait_for(lambda: live.digest() != before)
 
 
 def test_folder_whose_name_was_taken_is_served_once_the_name_is_free(

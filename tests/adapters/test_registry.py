@@ -282,6 +282,24 @@ def test_pins_leave_half_of_the_device_to_the_others(tmp_path: Path) -> None:
         office.registry.set_pinned(others[1], True)
 
 
+def test_what_is_merged_counts_among_the_pins(tmp_path: Path) -> None:
+    with opened(tmp_path, pool_bytes=5 * ONE.num_bytes) as office:
+        for name, content in (("merged", TWO), ("other", THREE), ("acme", ONE)):
+            version = office.publish(AdapterName(None, name), content).version
+            if name == "merged":
+                office.pool.pin(office.load(version))
+        office.registry.set_pinned(AdapterName(None, "other"), True)
+        with pytest.raises(PinsFullError, match="unpin another"):
+            office.registry.set_pinned(ACME, True)
+
+
+def test_factors_read_from_the_store_have_the_name_they_were_published_under(
+    tmp_path: Path,
+) -> None:
+    with opened(tmp_path, host_bytes=1) as office:
+        assert office.cache.adapter(office.publish(ACME, ONE).version).name == "acme"
+
+
 def test_every_request_finds_a_version_while_versions_change(office: Office) -> None:
     office.publish(ACME, ONE)
     digests = {office.publish(ACME, content).version.digest for content in (ONE, TWO, THREE)}

@@ -14,10 +14,10 @@ import pytest
 
 from sharelora_serve.server.body import STALL_SECONDS
 from sharelora_serve.server.connection import MAX_HEAD_BYTES, MAX_UNREAD_BYTES
-from sharelora_serve.server.upload import MAX_RECEIVING
+from sharelora_serve.server.upload import MAX_RECEIVING, MAX_RECEIVING_OF_ONE
 from tests.e2e.adapter_folders import write_adapters
 from tests.e2e.conftest import BASE
-from tests.e2e.tenants import Shop, open_shop, zipped_folder
+from tests.e2e.tenants import Client, Shop, open_shop, zipped_folder
 
 MOST_BYTES = 4 * 1024**2
 FORM = "multipart/form-data; boundary=B"
@@ -64,11 +64,19 @@ def num_open_files(shop: Shop) -> int:
     return sum(not target.startswith("socket:") for target in targets)
 
 
-def connection(shop: Shop, head: str, body: bytes = b"", *, with_key: bool = True) -> socket.socket:
-    """A connection on which a request has been sent."""
+def connection(
+    shop: Shop,
+    head: str,
+    body: bytes = b"",
+    *,
+    sender: httpx.Client | None = None,
+    with_key: bool = True,
+) -> socket.socket:
+    """A connection on which a request has been sent, by acme if by nobody else."""
     url = httpx.URL(shop.server.url)
     opened = socket.create_connection((url.host, url.port), timeout=60)
-    key = f"authorization: {shop.acme.headers['authorization']}\r\n" if with_key else ""
+    authorization = (sender or shop.acme).headers["authorization"]
+    key = f"authorization: {authorization}\r\n" if with_key else ""
     opened.sendall(f"{head}\r\nhost: x\r\n{key}\r\n".encode() + body)
     return opened
 
@@ -85,12 +93,14 @@ def answer_on(opened: socket.socket) -> tuple[int, Any]:
         return status, body.decode()
 
 
-def half_of_an_upload(shop: Shop, name: str, content: bytes) -> tuple[socket.socket, bytes]:
+def half_of_an_upload(
+    shop: Shop, name: str, content: bytes, sender: httpx.Client | None = None
+) -> tuple[socket.socket, bytes]:
     """A connection with an upload half sent, and the rest of it."""
     body = NAME % name.encode() + FILE % content + END
     half = len(body) // 2
     head = f"POST /v1/adapters HTTP/1.1\r\ncontent-type: {FORM}\r\ncontent-length: {len(body)}"
-    return connection(shop, head, body[:half]), body[half:]
+    return connection(shop, head, body[:half], sender=sender), body[half:]
 
 
 GOOD = NAME % b"x" + FILE % b"hello" + END
@@ -214,28 +224,52 @@ def test_a_client_that_leaves_in_the_middle_of_an_upload_publishes_nothing(
 def test_more_uploads_at_once_than_may_be_are_told_to_come_again_and_no_other_is_lost(
     shop: Shop, content: bytes
 ) -> None:
-    names = [f"at-once-{number}" for number in range(MAX_RECEIVING)]
+    names = [f"at-once-{number}" for number in range(MAX_RECEIVING_OF_ONE)]
     with ExitStack() as stack:
-        uploads = [half_of_an_upload(shop, name, content) for name in names]
-        for opened, _ in uploads:
-            stack.enter_context(opened)
+        uploads = []
+
+        def begin(sender: Client, name: str) -> None:
+            uploads.append(half_of_an_upload(shop, name, content, sender))
+            stack.enter_context(uploads[-1][0])
+
+        def assert_refused(client: Client, reason: str) -> None:
+            for _ in range(4):
+                refused = client.create("too-many", content)
+                assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
+                assert reason in refused.json()["error"]["message"]
+                assert int(refused.headers["retry-after"]) >= 1
+
+        for name in names:
+            begin(shop.acme, name)
         time.sleep(0.5)
-        for _ in range(4):
-            refused = shop.acme.create("too-many", content)
-            assert (refused.status_code, refused.json()["error"]["code"]) == (429, "queue_full")
-            assert int(refused.headers["retry-after"]) >= 1
+        assert_refused(shop.acme, f"{MAX_RECEIVING_OF_ONE} uploads of yours are under way")
+        for name in names[: MAX_RECEIVING - MAX_RECEIVING_OF_ONE]:
+            begin(shop.bolt, name)
+        time.sleep(0.5)
+        assert_refused(shop.admin, f"{MAX_RECEIVING} uploads are under way")
         for opened, rest in uploads:
             opened.sendall(rest)
         assert [answer_on(opened)[0] for opened, _ in uploads] == [201] * MAX_RECEIVING
     assert shop.acme.create("after-all", content).status_code == 201
-    for name in (*names, "after-all"):
-        assert shop.acme.delete(f"/v1/adapters/{name}").status_code == 200
+    for client, made in ((shop.acme, [*names, "after-all"]), (shop.bolt, names)):
+        for name in made:
+            assert client.delete(f"/v1/adapters/{name}").status_code == 200
+
+
+def test_a_new_adapter_without_a_name_is_told_what_is_missing(shop: Shop, content: bytes) -> None:
+    answer = shop.acme.post("/v1/adapters", files={"file": content})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (
+        400,
+        "missing_required_parameter",
+        "name",
+    )
 
 
 @pytest.mark.slow
 def test_an_upload_that_stalls_is_ended_and_its_place_is_free(shop: Shop, content: bytes) -> None:
     began_at = time.monotonic()
-    uploads = [half_of_an_upload(shop, "stalled", content) for _ in range(MAX_RECEIVING)]
+    uploads = [half_of_an_upload(shop, "stalled", content) for _ in range(MAX_RECEIVING_OF_ONE)]
     for opened, _ in uploads:
         status, body = answer_on(opened)
         assert (status, body["error"]["code"]) == (408, "request_timeout")

@@ -227,6 +227,19 @@ def test_statistics_count_a_preempted_request_once() -> None:
     assert (cache.num_hit_tokens, cache.num_queried_tokens) == (8, 9 + 10)
 
 
+def test_what_a_request_computed_of_its_prompt_before_it_was_preempted_was_not_cached() -> None:
+    cache = KVCache(20, BLOCK)
+    request = make_request(list(range(10)))
+    assert cache.match_prefix(request) == 0
+    assert cache.grow(request, 8)
+    request.num_computed = 8
+    cache.commit(request)
+    cache.free(request)  # preempted in its prompt
+    assert cache.match_prefix(request) == 8
+    assert request.num_cached_tokens == 0
+    assert (cache.num_hit_tokens, cache.num_queried_tokens) == (0, 10)
+
+
 def test_can_start_counts_cached_blocks_that_leave_the_free_list() -> None:
     cache = KVCache(5, BLOCK)
     run_once(cache, list(range(9)))

@@ -224,6 +224,19 @@ def test_request_that_lacks_blocks_is_not_overtaken_by_smaller_ones() -> None:
         rig.step()
 
 
+def test_request_that_lacks_blocks_does_not_use_its_adapter_meanwhile() -> None:
+    rig = Rig(num_blocks=9, max_batch_tokens=64)  # 8 usable
+    rig.add(20, max_tokens=8)
+    rig.step()
+    asked = []
+    acquire = rig.shelf.acquire
+    rig.shelf.acquire = lambda version: asked.append(version) or acquire(version)  # type: ignore
+    waiting = rig.add(20, A, max_tokens=4)
+    while not waiting.block_table:
+        rig.step()
+    assert asked == [A]
+
+
 def test_abort_frees_a_running_request_at_once(rig: Rig) -> None:
     running = rig.add(9, A)
     rig.step()

@@ -52,11 +52,6 @@ def test_every_field_reaches_the_engine() -> None:
     assert sampling(logprobs=4, echo=True).prompt_logprobs == 4
 
 
-@pytest.mark.parametrize("temperature", [0, 0.0, 1e-6])
-def test_a_temperature_next_to_zero_is_greedy(temperature: float) -> None:
-    assert sampling(temperature=temperature).temperature == 0.0
-
-
 @pytest.mark.parametrize("top_k", [-1, 0])
 def test_two_spellings_of_top_k_keep_all(top_k: int) -> None:
     assert sampling(top_k=top_k).top_k == 0

@@ -200,6 +200,7 @@ def test_loss_and_gradients_are_those_of_hugging_face_over_the_answers_alone(
         (("--hold-out", "999"), "hold out fewer"),
         (("--publish", "http://127.0.0.1:9"), "--publish and --name go together"),
         (("--publish", "http://127.0.0.1:9", "--name", "a"), "is a server running there?"),
+        (("--publish", "http://127.0.0.1:9", "--name", "my adapter"), "cannot name an adapter"),
         (("--resume",), "leave --resume out"),
         (("--user", "{prompt}"), "--user and --assistant go together"),
         (("--freeze-a-from", "no/such/adapter"), "no/such/adapter"),
