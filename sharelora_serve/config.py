@@ -182,11 +182,12 @@ class ServeConfig(BaseSettings):
         description="Tokens computed in one step over all requests, such as 512; more is faster "
         "for long prompts, less lets running requests wait for shorter times.",
     )
-    prefill_chunk: int = Field(
-        24,
+    prefill_chunk: int | None = Field(
+        None,
         ge=1,
         description="Prompt tokens per step while other requests decode, such as 24; less keeps "
-        "their streams smoother, more brings the new request's first token sooner.",
+        "their streams smoother, more brings the new request's first token sooner. Without it 24 "
+        "on a CPU, and all of --max-batch-tokens on CUDA.",
     )
     max_queue: int = Field(
         1024,
@@ -282,7 +283,7 @@ class ServeConfig(BaseSettings):
                 f"max_batch_tokens = {self.max_batch_tokens}: should be at least max_running = "
                 f"{self.max_running}, since every running request needs a token per step"
             )
-        if self.prefill_chunk > self.max_batch_tokens:
+        if self.prefill_chunk is not None and self.prefill_chunk > self.max_batch_tokens:
             problems.append(
                 f"prefill_chunk = {self.prefill_chunk}: should be at most max_batch_tokens = "
                 f"{self.max_batch_tokens}"

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_HEAD_DIM, _FLASH_HEAD_DIM_STEP = 256, 8
 
+_CPU_PREFILL_CHUNK = 24
+
 
 def choose_device(config: ServeConfig) -> torch.device:
     """The CPU, or the current CUDA device; ConfigurationError where one is asked for in vain."""
@@ -53,6 +55,12 @@ def choose_dtype(config: ServeConfig, model: ModelConfig, device: torch.device) 
         return torch.float16
     logger.warning("this processor cannot convert float16: using float32, at twice the memory")
     return torch.float32
+
+
+def choose_prefill_chunk(config: ServeConfig, device: torch.device) -> int:
+    """Prompt tokens beside decoding requests: on a CPU each of them makes the step longer."""
+    most = config.max_batch_tokens
+    return min(_CPU_PREFILL_CHUNK, most) if device.type == "cpu" else most
 
 
 def choose_kernels(

@@ -30,6 +30,7 @@ from sharelora_serve.engine.device import (
     choose_dtype,
     choose_graphs,
     choose_kernels,
+    choose_prefill_chunk,
 )
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.kv_cache import KVCache
@@ -208,7 +209,7 @@ def load_engine(
             adapters,
             max_running=config.max_running,
             max_batch_tokens=config.max_batch_tokens,
-            prefill_chunk=config.prefill_chunk,
+            prefill_chunk=config.prefill_chunk or choose_prefill_chunk(config, device),
         ),
         runner=runner,
         sampler=Sampler(model.vocab_size, eos_token_ids, device),

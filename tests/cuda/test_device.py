@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sharelora_serve.config import ServeConfig
-from sharelora_serve.engine.device import choose_device, choose_graphs
+from sharelora_serve.engine.device import choose_device, choose_graphs, choose_prefill_chunk
 from sharelora_serve.errors import ConfigurationError
 from sharelora_serve.kernels.reference import ReferenceKernels
 from sharelora_serve.models.graphs import batch_sizes
@@ -36,6 +36,14 @@ def test_auto_takes_the_gpu_unless_kernels_of_a_processor_are_asked_for(
 def test_kernels_of_a_gpu_on_a_processor_are_refused() -> None:
     with pytest.raises(ConfigurationError, match="kernels = 'cuda'"):
         ServeConfig(kernels="cuda", device="cpu")
+
+
+def test_prompts_beside_streams_are_cut_for_a_processor_alone() -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    assert choose_prefill_chunk(ServeConfig(), gpu) == 512
+    assert choose_prefill_chunk(ServeConfig(), cpu) == 24
+    small = ServeConfig(max_running=8, max_batch_tokens=16)
+    assert choose_prefill_chunk(small, cpu) == 16
 
 
 def test_nothing_is_recorded_but_kernels_of_a_gpu() -> None:
