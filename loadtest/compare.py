@@ -11,7 +11,18 @@ import typer
 
 from loadtest.adapters import Kind, write_adapters
 from loadtest.capacity import BASE, measure_whole
-from loadtest.comparison import CASES, MERGED, NUM_ADAPTERS, OURS, PEFT, Case, Comparison, Contender
+from loadtest.comparison import (
+    CASES,
+    DTYPE,
+    MERGED,
+    NUM_ADAPTERS,
+    OURS,
+    OURS_HALF,
+    PEFT,
+    Case,
+    Comparison,
+    Contender,
+)
 from loadtest.endpoint import Endpoint, OpenAiEndpoint
 from loadtest.peers import (
     LlamaCpp,
@@ -82,8 +93,9 @@ class _Contest:
         self._entries: dict[str, _Entry] = {}
         kind = Kind("A", (_RANK,), expanded=True)
         write_adapters(self._adapters, NUM_ADAPTERS, kind, gguf=self._gguf)
-        self._start_ours(OURS)
-        self._start_ours(MERGED, "--merge", adapter_name(0))
+        for name in dict.fromkeys((OURS, OURS_HALF)):
+            self._start_ours(name, "--dtype", name.rpartition(" ")[2])
+        self._start_ours(MERGED, "--dtype", DTYPE, "--merge", adapter_name(0))
         for peer_type in (VllmCpu, LlamaCpp, LlamaCppOne, LlamaCppBase):
             peer = peer_type(plan.peers)
             try:
@@ -139,7 +151,7 @@ class _Contest:
 
     def _start_ours(self, name: str, *arguments: str) -> None:
         typer.echo(f"starting {name}", err=True)
-        log = self._out / f"{'merged' if arguments else 'ours'}.log"
+        log = self._out / f"server-{len(self._entries)}.log"
         settings = ("--model-name", BASE, "--adapters", str(self._adapters), *arguments)
         server = self._stack.enter_context(our_server(log, *settings))
         self._add(name, server, OpenAiEndpoint())

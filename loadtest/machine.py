@@ -11,11 +11,6 @@ def describe_machine() -> str:
     return f"{_processor()}, {num_physical_cores()} cores, {_gibibytes()} GiB, {platform.system()}"
 
 
-def has_matrix_registers() -> bool:
-    """Whether the processor multiplies matrices of bfloat16 in registers for them (AMX)."""
-    return "amx_bf16" in Path("/proc/cpuinfo").read_text()
-
-
 def resident_mib(pid: int) -> float:
     """Memory that a process has in RAM."""
     status = Path(f"/proc/{pid}/status").read_text()

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import ClassVar
 
 from loadtest.endpoint import Endpoint, LlamaCppEndpoint, OpenAiEndpoint
-from loadtest.machine import has_matrix_registers
 from loadtest.servers import Command, free_port
 from sharelora_serve.config import num_physical_cores
+from sharelora_serve.kernels.matrix import has_matrix_registers
 
 _SHOWN_OF_OUTPUT = 2000  # characters
 _VLLM_DTYPE = "bfloat16" if has_matrix_registers() else "float32"  # whichever is faster there

@@ -134,9 +134,9 @@ class ServeConfig(BaseSettings):
     )
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = Field(
         "auto",
-        description="Type of base weights, KV cache and adapters; auto is float16 on a CPU that "
-        "can pack it and the checkpoint's own on CUDA. float32 is exact, and the slowest: on CUDA "
-        "it has no fast attention.",
+        description="Type of base weights, KV cache and adapters; auto is the checkpoint's own on "
+        "CUDA, and on a CPU that multiplies bfloat16 (AMX) if it is that; else float16 on a CPU "
+        "that can pack it. float32 is exact, and the slowest: on CUDA it has no fast attention.",
     )
     kernels: Literal["auto", "cpu", "cuda", "reference"] = Field(
         "auto",

@@ -9,7 +9,7 @@ import numpy as np
 from sharelora_serve.kernels.batch import BLOCK_SIZE
 from sharelora_serve.kernels.elementwise import exp, norm_row
 from sharelora_serve.kernels.product import add_product, block_product
-from sharelora_serve.kernels.tiles import LANES
+from sharelora_serve.kernels.tiles import LANES, fetch_lines
 from sharelora_serve.kernels.vector import from_float
 
 
@@ -157,6 +157,10 @@ def attend(
         for j in range(begin, end):
             block = table[j] * kv_heads + k
             column = (j - begin) * BLOCK_SIZE
+            size = dim * BLOCK_SIZE
+            fetch_lines(values, block * size, size)
+            if j + 1 < end:
+                fetch_lines(keys, (table[j + 1] * kv_heads + k) * size, size)
             block_product(query, 0, 0, rows, key_blocks, block, scores, column)
         for r in range(rows):
             length = positions[first + r // group] + 1

@@ -17,6 +17,7 @@ from sharelora_serve.kernels.attention import attend
 from sharelora_serve.kernels.batch import BLOCK_SIZE, AdapterBatch, AttentionBatch
 from sharelora_serve.kernels.elementwise import add_and_norm, embed, silu_and_multiply
 from sharelora_serve.kernels.layers import Buffers, LayerWeights
+from sharelora_serve.kernels.matrix import DEPTH, has_matrix_registers
 from sharelora_serve.kernels.product import pack, product, unpack
 from sharelora_serve.kernels.tiles import LANES
 
@@ -135,11 +136,14 @@ class CpuKernels:
         dtype: torch.dtype,
         device: torch.device,
     ) -> Any:
-        """(num_layers, ceil(out_features / LANES), in_features, LANES)."""
+        """As `product` reads them, the layer first."""
         assert device.type == "cpu", "these kernels compute on a CPU"
-        like = stored(torch.empty(0, dtype=dtype))
-        shape = (num_layers, -(-out_features // LANES), in_features, LANES)
-        return np.empty(shape, like.dtype)
+        blocks = (num_layers, -(-out_features // LANES))
+        for_matrices = (
+            dtype == torch.bfloat16 and in_features % DEPTH == 0 and has_matrix_registers()
+        )
+        inputs = (in_features // 2, LANES, 2) if for_matrices else (in_features, LANES)
+        return stored(torch.empty((*blocks, *inputs), dtype=dtype))  # at a line of the cache
 
     def pack(self, weight: Tensor, to: Any) -> None:
         """Lay a weight (out, in), in its stored dtype, out for `linear` and `embed`."""

@@ -83,4 +83,7 @@ def embed(weight: Any, token_ids: Any, out: Any) -> None:
     for t in range(token_ids.shape[0]):
         block, lane = token_ids[t] // LANES, token_ids[t] % LANES
         for i in range(out.shape[1]):
-            out[t, i] = to_float(weight[block, i, lane])
+            if weight.ndim == 4:
+                out[t, i] = to_float(weight[block, i // 2, lane, i % 2])
+            else:
+                out[t, i] = to_float(weight[block, i, lane])

@@ -1,6 +1,7 @@
 """Dense products with packed weights on CPU: the base's linear layers and the scores of attention.
 
-A packed weight is (ceil(out / LANES), in, LANES): blocks of LANES outputs, padded with zeros.
+A packed weight is (ceil(out / LANES), in, LANES): blocks of LANES outputs, padded with zeros. For
+matrix registers it is (ceil(out / LANES), in / 2, LANES, 2): two inputs of an output side by side.
 """
 
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from sharelora_serve.kernels.matrix import empty_rows, multiply_blocks, split
 from sharelora_serve.kernels.tiles import LANES, make_product_tile
 from sharelora_serve.kernels.vector import has_avx512
 
@@ -20,6 +22,9 @@ _ONE_ROW_WIDE = 3
 _TALL = 12 if has_avx512() else 6
 _MEDIUM = 8 if has_avx512() else 4
 """Rows of the larger tiles, so that their sums fill the registers."""
+
+_FEW_ROWS = 64
+"""So many are split by one thread: waking the others takes as long."""
 
 _tall_wide = make_product_tile(_TALL, _WIDE, accumulate=False)
 _medium_wide = make_product_tile(_MEDIUM, _WIDE, accumulate=False)
@@ -154,15 +159,27 @@ def _one_row(x: Any, weight: Any, bias: Any, out: Any) -> None:
         _add_bias(bias, out, block * LANES, (block + 1) * LANES)
 
 
-@numba.njit(parallel=True, nogil=True, cache=True)
-def product(x: Any, weight: Any, bias: Any, out: Any) -> None:
-    """out[t, n] = bias[n] + sum over k of x[t, k] W[n, k], all columns of `out`, padding included.
+@numba.njit(parallel=True, nogil=True)
+def _matrix_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
+    rows = x.shape[0]
+    high, low = empty_rows(rows, x.shape[1]), empty_rows(rows, x.shape[1])
+    if rows <= _FEW_ROWS:
+        for row in range(rows):
+            split(x, high, low, row)
+    else:
+        for row in numba.prange(rows):
+            split(x, high, low, row)
+    pairs = weight.shape[0] // 2
+    for pair in numba.prange(pairs):
+        multiply_blocks(high, low, weight, 2 * pair, 2, out)
+        _add_bias(bias, out, 2 * pair * LANES, 2 * (pair + 1) * LANES)
+    for block in range(2 * pairs, weight.shape[0]):
+        multiply_blocks(high, low, weight, block, 1, out)
+        _add_bias(bias, out, block * LANES, (block + 1) * LANES)
 
-    x       (num_tokens, in_features)                   float32
-    weight  (ceil(out / LANES), in_features, LANES)     packed, as stored
-    bias    (out_features,)                             float32; empty for none
-    out     (num_tokens, ceil(out / LANES) * LANES)     float32
-    """
+
+@numba.njit(parallel=True, nogil=True)
+def _vector_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     if x.shape[0] == 1:
         _one_row(x, weight, bias, out)
         return
@@ -173,6 +190,21 @@ def product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     for block in range(pairs * _WIDE, weight.shape[0]):
         block_product(x, 0, 0, x.shape[0], weight, block, out, block * LANES)
         _add_bias(bias, out, block * LANES, (block + 1) * LANES)
+
+
+@numba.njit(nogil=True, cache=True)
+def product(x: Any, weight: Any, bias: Any, out: Any) -> None:
+    """out[t, n] = bias[n] + sum over k of x[t, k] W[n, k], all columns of `out`, padding included.
+
+    x       (num_tokens, in_features)                  float32
+    weight  packed, as stored
+    bias    (out_features,)                            float32; empty for none
+    out     (num_tokens, ceil(out / LANES) * LANES)    float32
+    """
+    if weight.ndim == 4:
+        _matrix_product(x, weight, bias, out)
+    else:
+        _vector_product(x, weight, bias, out)
 
 
 @numba.njit(nogil=True)
@@ -191,9 +223,14 @@ def pack(weight: np.ndarray[Any, Any], to: np.ndarray[Any, Any]) -> None:
     blocks = -(-outputs // LANES)
     padded = np.zeros((blocks * LANES, inputs), weight.dtype)
     padded[:outputs] = weight
-    to[...] = padded.reshape(blocks, LANES, inputs).transpose(0, 2, 1)
+    if to.ndim == 4:
+        to[...] = padded.reshape(blocks, LANES, inputs // 2, 2).transpose(0, 2, 1, 3)
+    else:
+        to[...] = padded.reshape(blocks, LANES, inputs).transpose(0, 2, 1)
 
 
 def unpack(packed: np.ndarray[Any, Any], outputs: int) -> np.ndarray[Any, Any]:
     """The stored weight (out, in) that `pack` laid out."""
+    if packed.ndim == 4:
+        return packed.transpose(0, 2, 1, 3).reshape(-1, 2 * packed.shape[1])[:outputs]
     return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[:outputs]

@@ -21,7 +21,7 @@ CACHE_LINE = 64
 """Bytes that memory is read by."""
 
 _DOT_LANES = 8  # of a vector in dot products: one register of AVX2
-_TO_FIRST_LEVEL, _TO_SECOND_LEVEL = 3, 2  # of the caches, as LLVM calls them
+TO_FIRST_LEVEL, TO_SECOND_LEVEL = 3, 2  # of the caches, as LLVM calls them
 _FETCHES = 2  # cache lines per step of a dot product: more would wait for each other
 
 
@@ -79,7 +79,7 @@ def make_product_tile(
             ]
             if fetches:
                 following = builder.add(apart, builder.mul(at, word(num_blocks)))
-                _fetch(builder, builder.gep(blocks[-1], [following]), _TO_SECOND_LEVEL)
+                fetch(builder, builder.gep(blocks[-1], [following]), TO_SECOND_LEVEL)
             for i, row in enumerate(rows):
                 scalar = builder.load(builder.gep(row, [loop.index]))
                 first = builder.insert_element(undefined, scalar, lane(0))
@@ -159,7 +159,7 @@ def make_shrink_tile(num_rows: int, num_ranks: int) -> Any:
                 line = builder.add(builder.mul(loop.index, word(_FETCHES)), word(n))
                 with builder.if_then(builder.icmp_signed("<", line, num_lines)):
                     byte = builder.mul(line, word(CACHE_LINE))
-                    _fetch(builder, builder.gep(following, [byte]), _TO_FIRST_LEVEL)
+                    fetch(builder, builder.gep(following, [byte]), TO_FIRST_LEVEL)
             at = builder.mul(loop.index, word(_DOT_LANES))
             values = [
                 _load(builder, builder.gep(row, [at]), types.float32, _DOT_LANES) for row in rows
@@ -232,7 +232,24 @@ def _sum_lanes(builder: Any, total: Any) -> Any:
     return builder.extract_element(total, lane(0))
 
 
-def _fetch(builder: Any, pointer: Any, level: int) -> None:
+@intrinsic
+def fetch_lines(typingctx: Any, numbers: Any, start: Any, count: Any) -> Any:
+    """Bring `count` elements of a C-contiguous array nearer, from element `start` on."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source = array(context, builder, signature, arguments, 0)
+        _, start, count = arguments
+        width = context.get_abi_sizeof(source.data.type.pointee)
+        with cgutils.for_range_slice(
+            builder, start, builder.add(start, count), start.type(CACHE_LINE // width)
+        ) as (at, _):
+            fetch(builder, builder.gep(source.data, [at]), TO_FIRST_LEVEL)
+        return context.get_dummy_value()
+
+    return types.void(numbers, types.intp, types.intp), emit
+
+
+def fetch(builder: Any, pointer: Any, level: int) -> None:
     """Bring a cache line nearer, without waiting for it."""
     byte, flag = ir.IntType(8).as_pointer(), ir.IntType(32)
     prefetch = cgutils.get_or_insert_function(

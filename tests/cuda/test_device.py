@@ -1,15 +1,24 @@
 """What is chosen to compute on, and what is said where it is not there."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
 from sharelora_serve.config import ServeConfig
-from sharelora_serve.engine.device import choose_device, choose_graphs, choose_prefill_chunk
+from sharelora_serve.engine import device
+from sharelora_serve.engine.device import (
+    choose_device,
+    choose_dtype,
+    choose_graphs,
+    choose_prefill_chunk,
+)
 from sharelora_serve.errors import ConfigurationError
 from sharelora_serve.kernels.reference import ReferenceKernels
+from sharelora_serve.models.config import load_model_config
 from sharelora_serve.models.graphs import batch_sizes
+from sharelora_serve.models.source import base_folder
 
 
 @pytest.mark.parametrize("settings", [{"device": "cuda"}, {"kernels": "cuda"}])
@@ -31,6 +40,20 @@ def test_auto_takes_the_gpu_unless_kernels_of_a_processor_are_asked_for(
     assert choose_device(ServeConfig(kernels="reference")) == torch.device("cuda", 1)
     assert choose_device(ServeConfig(kernels="cpu")) == torch.device("cpu")
     assert choose_device(ServeConfig(device="cpu")) == torch.device("cpu")
+
+
+def test_auto_takes_a_checkpoints_own_bfloat16_where_it_is_multiplied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    float32 = load_model_config(base_folder(None))
+    own = replace(float32, dtype=torch.bfloat16)
+    for has_registers, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(device, "has_matrix_registers", lambda has=has_registers: has)
+        monkeypatch.setattr(device, "_converts_float16", lambda: True)
+        assert choose_dtype(ServeConfig(), own, torch.device("cpu")) == expected
+        assert choose_dtype(ServeConfig(), float32, torch.device("cpu")) == torch.float16
+        asked = ServeConfig(dtype="float32")
+        assert choose_dtype(asked, own, torch.device("cpu")) == torch.float32
 
 
 def test_kernels_of_a_gpu_on_a_processor_are_refused() -> None:

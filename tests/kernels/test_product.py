@@ -22,7 +22,8 @@ def linear(parts: Parts, x: Tensor, weight: Tensor, bias: Tensor = NO_BIAS) -> T
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize(
-    ("in_features", "out_features"), [(1, 1), (37, 16), (64, 32), (53, 19), (30, 50), (7, 95)]
+    ("in_features", "out_features"),
+    [(1, 1), (37, 16), (64, 32), (53, 19), (30, 50), (7, 95), (32, 1), (96, 50)],
 )
 def test_linear_of_small_integers_is_exact_for_every_number_of_rows(
     dtype: torch.dtype, has_bias: bool, in_features: int, out_features: int, seed: int
@@ -30,7 +31,7 @@ def test_linear_of_small_integers_is_exact_for_every_number_of_rows(
     generator = torch.Generator().manual_seed(seed)
     weight = small_integers(out_features, in_features, generator=generator).to(dtype)
     bias = small_integers(out_features, generator=generator) if has_bias else NO_BIAS
-    for rows in (*range(1, 19), 23, 24, 25, 40):
+    for rows in (*range(1, 19), 23, 24, 25, 31, 32, 33, 40, 49, 80):
         x = small_integers(rows, in_features, generator=generator)
         expected = x @ weight.float().T + (bias if has_bias else 0)
         assert torch.equal(linear(CPU, x, weight, bias), expected), f"{rows} rows"
@@ -38,23 +39,30 @@ def test_linear_of_small_integers_is_exact_for_every_number_of_rows(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_linear_rounds_no_more_than_a_sum_in_float32(dtype: torch.dtype, seed: int) -> None:
+@pytest.mark.parametrize("in_features", [301, 320])
+def test_linear_rounds_no_more_than_a_sum_in_float32(
+    dtype: torch.dtype, in_features: int, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(11, 301, generator=generator)
-    weight = torch.randn(70, 301, generator=generator).to(dtype)
+    x = torch.randn(11, in_features, generator=generator)
+    weight = torch.randn(70, in_features, generator=generator).to(dtype)
     exact = x.double() @ weight.double().T
-    bound = x.double().abs() @ weight.double().abs().T * 301 * 2.0**-24
+    rounding = in_features * 2.0**-24
+    if dtype == torch.bfloat16:  # matrix registers: twice as many terms, of activations of 16 bits
+        rounding = 2 * rounding + 2.0**-17
+    bound = x.double().abs() @ weight.double().abs().T * rounding
     assert ((linear(CPU, x, weight).double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("out_features", [16, 45, 64])
+@pytest.mark.parametrize("in_features", [131, 160])
 def test_row_of_a_product_has_the_same_bits_whatever_rows_stand_beside_it(
-    dtype: torch.dtype, out_features: int, seed: int
+    dtype: torch.dtype, in_features: int, out_features: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(40, 131, generator=generator)
-    weight = torch.randn(out_features, 131, generator=generator).to(dtype)
+    x = torch.randn(40, in_features, generator=generator)
+    weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
     alone = torch.cat([linear(CPU, row.unsqueeze(0), weight) for row in x])
     for rows in range(2, 41):
         first = int(torch.randint(0, 41 - rows, (), generator=generator))

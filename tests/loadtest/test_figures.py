@@ -117,7 +117,7 @@ def test_a_cell_cannot_break_its_table() -> None:
 def test_ratios_are_of_rounds_that_both_have() -> None:
     comparison = Comparison()
     case = CASES[0]
-    ours, vllm, llama, _ = (contender.server for contender in case.contenders)
+    ours, *_, vllm, llama, _ = (contender.server for contender in case.contenders)
     comparison.values[case.name, ours] = {1: 200.0, 2: 300.0, 3: 400.0}
     comparison.values[case.name, vllm] = {1: 50.0, 3: 80.0}
     comparison.leave_out(llama, RuntimeError("no network"))
