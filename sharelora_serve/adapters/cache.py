@@ -242,7 +242,8 @@ class AdapterCache:
     def close(self) -> None:
         """Stop the loader threads; loads that are queued never happen."""
         self._is_closed = True
-        self._num_jobs.release(len(self._threads))
+        for _ in self._threads:
+            self._num_jobs.release()
         for thread in self._threads:
             thread.join()
 

@@ -102,10 +102,8 @@ def submit(
 
 def work(adapters: AdapterCache) -> None:
     """What the loader thread would do."""
-    while not adapters._jobs.empty():
-        job = adapters._jobs.get()
-        assert job is not None, "the cache is closed"
-        job()
+    while adapters._num_jobs.acquire(blocking=False):
+        adapters._next_job()()
 
 
 def drain(engine: Engine) -> None:

@@ -22,6 +22,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, seed: int) -> Path:
     folder = tmp_path_factory.mktemp("live")
     model = write_tiny_model(folder / "tiny", "smollm", seed)
     write_adapters(folder / "adapters", NUM_ADAPTERS, Kind("A", (4,)), model=str(model))
+    # One strong enough that with its sign changed no few tokens stay the same.
+    config = folder / "adapters" / "t001" / "adapter_config.json"
+    settings = json.loads(config.read_text())
+    config.write_text(json.dumps({**settings, "lora_alpha": 20 * settings["lora_alpha"]}))
     return folder
 
 
