@@ -135,7 +135,7 @@ def main(
     results.parent.mkdir(parents=True, exist_ok=True)
     if not COMMON_A.exists():
         train_common_a(data)
-    with our_server(WORK / task / "log", "--prefix-cache") as server:
+    with our_server(WORK / task / "log", "--prefix-cache", "--dtype", "float16") as server:
         while time.monotonic() < ends_at and (run := next_run(read_results(results), task)):
             Console(stderr=True).rule(f"{run.task}, {run.form}, {run.rate:g}, seed {run.seed}")
             try:
