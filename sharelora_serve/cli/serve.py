@@ -9,6 +9,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -51,14 +52,13 @@ def serve(**settings: str | bool | None) -> None:
     console = Console(stderr=True)
     # An orchestrator's SIGTERM stops the server as Ctrl-C does, while loading too.
     signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        with one_message():
-            given = {name: value for name, value in settings.items() if value is not None}
-            config = ServeConfig(**given)
-            console.quiet = config.log_format == "json"  # nothing but one object a line
-            _run(config, console)
-    except KeyboardInterrupt:
-        console.print("Stopped.")
+    # A signal interrupts the loading; after a drain uvicorn raises it anew, if it can.
+    with suppress(KeyboardInterrupt), one_message():
+        given = {name: value for name, value in settings.items() if value is not None}
+        config = ServeConfig(**given)
+        console.quiet = config.log_format == "json"  # nothing but one object a line
+        _run(config, console)
+    console.print("Stopped.")
 
 
 def _run(config: ServeConfig, console: Console) -> None:
