@@ -52,7 +52,8 @@ def serve(**settings: str | bool | None) -> None:
     console = Console(stderr=True)
     # An orchestrator's SIGTERM stops the server as Ctrl-C does, while loading too.
     signal.signal(signal.SIGTERM, _interrupt)
-    # A signal interrupts the loading; after a drain uvicorn raises it anew, if it can.
+    # A signal interrupts the loading; after a drain uvicorn raises it anew, which does nothing
+    # where it was ignored from the start, as SIGINT is behind a shell's `&`.
     with suppress(KeyboardInterrupt), one_message():
         given = {name: value for name, value in settings.items() if value is not None}
         config = ServeConfig(**given)
