@@ -47,6 +47,11 @@ class TrainSettings:
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
 
+def default_learning_rate(method: Method) -> float:
+    """What was best for a form in docs/quality.md."""
+    return 1e-2 if method.freeze_a or method.share == "AB" else 3e-3
+
+
 def check_method(method: Method, modules: tuple[str, ...]) -> None:
     """Raise ConfigurationError if the parts of a method do not go together."""
     if method.share_only is not None:
