@@ -109,7 +109,7 @@ def _peer(folder: Path, rows: Sequence[Row], settings: TrainSettings) -> float:
         arguments = TrainingArguments(
             output_dir=output,
             per_device_train_batch_size=settings.batch_size,
-            max_steps=settings.num_steps,
+            max_steps=settings.num_steps or 1,
             learning_rate=settings.learning_rate,
             seed=settings.seed,
             use_cpu=True,
