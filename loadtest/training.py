@@ -48,7 +48,7 @@ def measure_training(
         own = replace(settings, seed=number)
         for name, method in methods.items():
             found[name].append(_ours(folder, rows, replace(own, method=method)))
-        found[_PEER].append(_peer(folder, rows, own))
+        found[_PEER].append(_peer(folder, rows, own, num_steps))
     lines = []
     for name, rates in found.items():
         ratios = [rate / peer for rate, peer in zip(rates, found[_PEER], strict=True)]
@@ -88,7 +88,7 @@ class _CountingTrainer(transformers.Trainer):
         return super().training_step(model, inputs, *args)
 
 
-def _peer(folder: Path, rows: Sequence[Row], settings: TrainSettings) -> float:
+def _peer(folder: Path, rows: Sequence[Row], settings: TrainSettings, num_steps: int) -> float:
     """As PEFT's and transformers' documentation has it: padded batches of rows in any order."""
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     names = [module.rpartition(".")[2] for module in MODULES]
@@ -109,7 +109,7 @@ def _peer(folder: Path, rows: Sequence[Row], settings: TrainSettings) -> float:
         arguments = TrainingArguments(
             output_dir=output,
             per_device_train_batch_size=settings.batch_size,
-            max_steps=settings.num_steps or 1,
+            max_steps=num_steps,
             learning_rate=settings.learning_rate,
             seed=settings.seed,
             use_cpu=True,
