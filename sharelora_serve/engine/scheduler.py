@@ -108,11 +108,6 @@ class Scheduler:
         """Requests that hold KV blocks and their adapter's pages."""
         return len(self._running)
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is waiting or running."""
-        return bool(self._entries)
-
     def add(self, request: Request) -> None:
         """Queue a request. It must fit kv_cache.max_tokens, prompt and answer together."""
         assert request.request_id not in self._entries, f"{request.request_id} is here already"
@@ -121,12 +116,11 @@ class Scheduler:
         self._entries[request.request_id] = entry
         self._waiting.append(entry)
 
-    def abort(self, request_id: str) -> Request | None:
-        """Drop a waiting or running request with all it holds; None when it is not here."""
+    def abort(self, request_id: str) -> None:
+        """Drop a waiting or running request with all it holds; one that is not here is fine."""
         entry = self._entries.get(request_id)
         if entry is not None:
             self._remove(entry)
-        return entry.request if entry is not None else None
 
     def finish(self, request: Request) -> None:
         """Give back the blocks and the adapter of a request that has ended."""

@@ -109,7 +109,7 @@ def work(adapters: AdapterCache) -> None:
 def drain(engine: Engine) -> None:
     """Step until nothing is left."""
     for _ in range(MAX_STEPS):
-        if not engine._scheduler.has_work and not engine._inbox:
+        if engine.stats().num_running + engine.stats().num_waiting == 0:
             return
         engine._take_inbox()
         engine._step()

@@ -148,6 +148,10 @@ class Rig:
         return request
 
     @property
+    def has_work(self) -> bool:
+        return self.scheduler.num_waiting + self.scheduler.num_running > 0
+
+    @property
     def running(self) -> list[Request]:
         return [request for request in self.requests if request.block_table]
 
@@ -201,7 +205,7 @@ class Rig:
     def run(self, until: Request | None = None) -> None:
         """Step until nothing is left to do, or one request has finished."""
         for _ in range(1000):
-            if not self.scheduler.has_work or until in self.finished:
+            if not self.has_work or until in self.finished:
                 return
             self.step()
         raise AssertionError(f"{self.scheduler.num_waiting} requests still wait")

@@ -181,7 +181,7 @@ def test_those_that_wait_in_great_number_hide_no_prompt_that_has_begun() -> None
     rig = Rig(num_blocks=500, max_running=8, max_batch_tokens=16)
     for number in range(8 + 2 * LOOK_AHEAD):
         rig.add(30, tenant=f"tenant-{number}", max_tokens=2)
-    while rig.scheduler.has_work:
+    while rig.has_work:
         assert rig.step() is not None
     assert rig.finished == set(rig.requests)
 
@@ -192,7 +192,7 @@ def test_prompt_that_has_begun_is_reached_behind_all_that_lack_room() -> None:
     rig.step()
     for _ in range(2 * LOOK_AHEAD):
         rig.add(2, B, tenant="short", max_tokens=1)
-    while rig.scheduler.has_work:
+    while rig.has_work:
         assert rig.step() is not None
     assert rig.finished >= {long}
 
