@@ -67,6 +67,7 @@ class AdapterStore:
         self._layout = layout
         # A connection each, so that a load never waits for another's commit to be synced.
         self._lock, self._reading_lock = Lock(), Lock()
+        self._is_closed = False  # written while both are held
         # Not of this thread alone: the one that closes the store may be another.
         self._owner = FileLock(folder / "lock", timeout=0, thread_local=False)
         try:
@@ -97,6 +98,7 @@ class AdapterStore:
     def close(self) -> None:
         """Let another server open the store."""
         with self._lock, self._reading_lock:
+            self._is_closed = True
             self._reader.close()
             self._database.close()
         self._owner.release()
@@ -274,6 +276,7 @@ class AdapterStore:
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         with self._reading_lock:
+            self._check_open()
             try:
                 yield self._reader
             except sqlite3.Error as error:
@@ -283,6 +286,7 @@ class AdapterStore:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that is on disk when the block is left, or undone if it raises."""
         with self._lock:
+            self._check_open()
             try:
                 self._database.execute("BEGIN IMMEDIATE")
                 # SQLite would go on writing to a file that was deleted.
@@ -296,6 +300,10 @@ class AdapterStore:
                 if isinstance(error, sqlite3.Error | OSError):
                     raise not_written(error) from None
                 raise
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StorageError("the store is closed, since the server is stopping; ask again later")
 
 
 def _key(name: AdapterName) -> tuple[str, str]:

@@ -197,6 +197,23 @@ def test_a_change_that_the_disk_refuses_changes_nothing_and_works_later(
     assert problems_in(folder) == []
 
 
+def test_a_store_that_is_closed_refuses_every_call_by_saying_so(
+    store: AdapterStore, folder: Path, contents: list[Adapter]
+) -> None:
+    publish(store, contents[0])
+    store.close()
+    for call in (
+        lambda: publish(store, contents[2]),
+        lambda: store.remove(RED),
+        lambda: store.collect(()),
+        lambda: store.read(contents[0].digest),
+        store.adapters,
+    ):
+        with pytest.raises(StorageError, match="the server is stopping"):
+            call()
+    assert not list((folder / "incoming").iterdir())
+
+
 def test_a_reader_that_stays_in_the_registry_holds_up_no_change(
     folder: Path, store: AdapterStore, contents: list[Adapter]
 ) -> None:
