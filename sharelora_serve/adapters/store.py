@@ -23,7 +23,7 @@ from threading import Lock
 from filelock import FileLock, Timeout
 
 from sharelora_serve.adapters.adapter import Adapter
-from sharelora_serve.adapters.database import SCHEMA, connect, registry_in
+from sharelora_serve.adapters.database import SCHEMA, VERSION, connect, migrate, registry_in
 from sharelora_serve.adapters.factor_files import FactorFiles, Manifest, not_written
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import AdapterName
@@ -149,16 +149,7 @@ class AdapterStore:
         """
         with self._files.incoming(adapter) as incoming, self._writing() as database:
             now = time.time()
-            manifest = incoming.move_in()
-            database.execute(
-                "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE "
-                "SET manifest = excluded.manifest, summary = excluded.summary",  # mends damage
-                (adapter.digest, manifest.to_json(), summary.to_json()),
-            )
-            database.executemany(
-                "INSERT OR IGNORE INTO content_files VALUES (?, ?)",
-                [(adapter.digest, file) for file in manifest.files],
-            )
+            _put_content(database, adapter.digest, incoming.move_in(), summary)
             identity, created_at = database.execute(
                 "INSERT INTO adapters (owner, name, current, is_from_folder, created_at) "
                 "VALUES (?, ?, ?, ?, ?) "
@@ -177,7 +168,8 @@ class AdapterStore:
             )
             if fingerprint is not None:
                 database.execute(
-                    "INSERT OR REPLACE INTO folders VALUES (?, ?)", (name.name, fingerprint)
+                    "INSERT OR REPLACE INTO folders VALUES (?, ?, ?)",
+                    (name.name, fingerprint, adapter.digest),
                 )
         return float(created_at)
 
@@ -211,6 +203,26 @@ class AdapterStore:
         with self._reading() as database:
             return dict(database.execute("SELECT name, fingerprint FROM folders").fetchall())
 
+    def renew_folder(
+        self, name: str, adapter: Adapter, summary: AdapterSummary, fingerprint: str
+    ) -> bool:
+        """Note a watched folder's fingerprint if it holds what was last published from it.
+
+        No name is moved, but damaged files of that version are mended, as `publish` does; those of
+        one that no name has are there until `collect`. False, and nothing done, if it holds
+        something else.
+        """
+        with self._reading() as database:
+            row = database.execute("SELECT digest FROM folders WHERE name = ?", (name,)).fetchone()
+        if row is None or row[0] != adapter.digest:
+            return False
+        with self._files.incoming(adapter) as incoming, self._writing() as database:
+            _put_content(database, adapter.digest, incoming.move_in(), summary)
+            database.execute(
+                "UPDATE folders SET fingerprint = ? WHERE name = ?", (fingerprint, name)
+            )
+        return True
+
     def forget_folder(self, name: str) -> None:
         """The watched folder of that name is gone, and so is the adapter that it made."""
         with self._writing() as database:
@@ -240,7 +252,7 @@ class AdapterStore:
         with self._writing() as database:
             # A write even if nothing is to go: a commit that failed when it was synced is still in
             # the log. Unless it is overwritten, a kill brings it back, then without its files.
-            database.execute("PRAGMA user_version = 1")
+            database.execute(f"PRAGMA user_version = {VERSION}")
             unnamed = database.execute(
                 "SELECT digest FROM contents WHERE digest NOT IN (SELECT digest FROM versions)"
             ).fetchall()
@@ -252,7 +264,7 @@ class AdapterStore:
         return *self._files.delete_all_but(files), len(unnamed) - len(gone)
 
     def _prepare(self) -> None:
-        """Make the tables, or check that they are of this version and of this base."""
+        """Make the tables, or check that they are of this base and bring them to this version."""
         database, layout = self._database, _layout_text(self._layout)
         database.execute("BEGIN IMMEDIATE")  # refused if the registry may only be read
         found = database.execute("PRAGMA user_version").fetchone()[0]
@@ -260,7 +272,9 @@ class AdapterStore:
             for statement in SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute("INSERT INTO base VALUES (?, ?)", (self._layout.name, layout))
-        elif found != 1:
+        elif found == 1:
+            migrate(database)
+        elif found != VERSION:
             raise ConfigurationError(
                 f"store = {str(self._folder)!r}: was written by a newer version of this server; "
                 "run that one, or give another folder"
@@ -308,6 +322,21 @@ class AdapterStore:
 
 def _key(name: AdapterName) -> tuple[str, str]:
     return name.owner or "", name.name
+
+
+def _put_content(
+    database: sqlite3.Connection, digest: str, manifest: Manifest, summary: AdapterSummary
+) -> None:
+    """Write down where a version's factors are, over what is there: that mends damage."""
+    database.execute(
+        "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE "
+        "SET manifest = excluded.manifest, summary = excluded.summary",
+        (digest, manifest.to_json(), summary.to_json()),
+    )
+    database.executemany(
+        "INSERT OR IGNORE INTO content_files VALUES (?, ?)",
+        [(digest, file) for file in manifest.files],
+    )
 
 
 def _layout_text(layout: BaseLayout) -> str:
