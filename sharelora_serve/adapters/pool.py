@@ -136,9 +136,9 @@ class MatrixPool:
         self._num_used = 0  # elements of live pages
         self._num_pinned = Counter[int]()  # pages, by width, that are never free again
         self._num_expanded = 0
-        # Adds take turns, so that no add finds a factor that another has yet to write; the second
+        # Adapters are placed in turn, so that none finds a factor yet to be written; the second
         # lock is held for bookkeeping only, so that releases and stats never wait for a copy.
-        self._adding = Lock()
+        self._placing = Lock()
         self._lock = Lock()
 
     def view(self, features: int) -> Tensor:
@@ -157,10 +157,6 @@ class MatrixPool:
         """Of the pages that `pin` took for good."""
         with self._lock:
             return self._num_bytes(self._num_pinned)
-
-    def add(self, adapter: Adapter, layout: BaseLayout) -> Resident:
-        """Stage and place an adapter. Raises as `stage` and `place` do, then changes nothing."""
-        return self.place(self.stage(adapter, layout))
 
     def check(self, adapter: Adapter) -> None:
         """Raise AdapterInvalidError if the dtype or an empty pool could not hold the adapter."""
@@ -207,7 +203,7 @@ class MatrixPool:
         Raises PoolFullError if there is no room now and AdapterInvalidError if an empty pool had
         none; either leaves everything as it was.
         """
-        with self._adding:
+        with self._placing:
             with self._lock:
                 new = [key for key in staged.rows if key not in self._factors]
                 try:
@@ -264,7 +260,7 @@ class MatrixPool:
 
     def check_integrity(self) -> None:
         """Recount references, pages and bytes; raise AssertionError with what is off."""
-        with self._adding, self._lock:
+        with self._placing, self._lock:
             references = Counter(chain.from_iterable(r._factors for r in self._residents))
             counted = {key: factor.num_references for key, factor in self._factors.items()}
             assert references == counted, "reference counts differ from a recount"
