@@ -16,7 +16,7 @@ from threading import Lock, Semaphore, Thread
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, PageTable
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pages import PoolFullError
-from sharelora_serve.adapters.pool import MatrixPool, Resident, StagedAdapter
+from sharelora_serve.adapters.pool import MatrixPool, Resident
 from sharelora_serve.adapters.residency import CacheStats, Entry, Tier, Waiting
 from sharelora_serve.errors import AdapterUnavailableError, ServeError
 from sharelora_serve.priority import lower_priority
@@ -279,7 +279,9 @@ class AdapterCache:
                 self._start_load(entry)
 
     def _settle(self, entry: Entry) -> None:
-        """Forget a version as soon as nobody needs it."""
+        """Forget a version as soon as nobody needs it, and its factors when it waits no more."""
+        if entry.resident is not None or not entry.is_awaited:
+            entry.factors = None
         if entry.is_needed:
             return
         del self._entries[entry.version.key]
@@ -353,8 +355,7 @@ class AdapterCache:
         """Bring an entry to the device, or note on it why that was not possible."""
         resident, failure, is_from_host = None, None, False
         try:
-            adapter, is_from_host = self._content(entry)
-            resident = self._place(entry, self._pool.stage(adapter, self._layout))
+            resident, is_from_host = self._place(entry)
         except Exception as error:  # whatever it was, it fails this adapter's requests only
             reason = error.message if isinstance(error, ServeError) else repr(error)
             failure = f"adapter {entry.version.name!r} could not be loaded: {reason}"
@@ -385,18 +386,29 @@ class AdapterCache:
                 self._keep_on_host(entry, adapter)
         return adapter, False
 
-    def _place(self, entry: Entry, staged: StagedAdapter) -> Resident | None:
-        """Place an adapter, evicting what may be evicted until it fits; None if it cannot now."""
+    def _place(self, entry: Entry) -> tuple[Resident | None, bool]:
+        """Place an adapter, evicting what may be evicted until it fits; None if it cannot now.
+
+        And whether it was in host memory. One that was refused before is neither read nor cast nor
+        hashed again until its factors find room: with many that wait, room for one is for one.
+        """
+        staged, is_from_host = None, False
         while True:
             with self._lock:
-                epoch = self._epoch
+                epoch, factors = self._epoch, entry.factors
             try:
-                return self._pool.place(staged)
+                if staged is None:
+                    if factors is not None:
+                        self._pool.check_room(factors)
+                    adapter, is_from_host = self._content(entry)
+                    staged = self._pool.stage(adapter, self._layout)
+                return self._pool.place(staged), is_from_host
             except PoolFullError:
                 with self._lock:
                     victim = self._evict(entry)
                     if victim is None and self._epoch == epoch:
                         entry.refused_at = epoch
+                        entry.factors = factors if staged is None else tuple(staged.rows)
                         if entry.num_pins:
                             self._homeless.add(entry)
                         if entry.is_wanted and not self._will_have_room(entry):
@@ -404,6 +416,6 @@ class AdapterCache:
                                 "it needs more device memory than the pinned adapters leave; "
                                 "raise --adapter-memory or unpin some"
                             ) from None
-                        return None
+                        return None, is_from_host
             if victim is not None:
                 self._pool.release(victim)

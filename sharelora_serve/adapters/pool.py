@@ -7,7 +7,7 @@ so LoRA, ShareA, ShareB, ShareAB and a common A of many adapters differ only in 
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -28,7 +28,7 @@ _MAX_UNDERFLOW = 0.01  # share of a factor's nonzero values that the cast may tu
 _MAX_LISTED = 10  # problems spelled out in one message; the rest are counted
 
 
-class _FactorKey(NamedTuple):
+class FactorKey(NamedTuple):
     """What makes two factors one: rank-major bytes in the pool's dtype, and shape."""
 
     digest: bytes
@@ -37,6 +37,7 @@ class _FactorKey(NamedTuple):
 
     @property
     def num_pages(self) -> int:
+        """Pages that hold its rows."""
         return -(-self.rank // PAGE_RANK)
 
     @property
@@ -53,8 +54,8 @@ class _Factor:
 
 class _StagedPair(NamedTuple):
     entry: int
-    a: _FactorKey
-    b: _FactorKey
+    a: FactorKey
+    b: FactorKey
     scaling: float
 
 
@@ -69,7 +70,7 @@ class StagedAdapter:
     """
 
     pairs: list[_StagedPair]
-    rows: dict[_FactorKey, Tensor] = field(repr=False)
+    rows: dict[FactorKey, Tensor] = field(repr=False)
     num_entries: int
     num_expanded: int
 
@@ -79,7 +80,7 @@ class Resident:
     """An adapter in the pool, valid until it is released; compared by identity."""
 
     page_table: PageTable
-    _factors: tuple[_FactorKey, ...] = field(repr=False)
+    _factors: tuple[FactorKey, ...] = field(repr=False)
     _num_expanded: int = field(repr=False)
 
 
@@ -131,7 +132,7 @@ class MatrixPool:
         self._feature_counts = sorted(set(feature_counts))
         self._allocator = self._new_allocator()
         self.arena[: self._allocator.num_reserved].zero_()
-        self._factors: dict[_FactorKey, _Factor] = {}
+        self._factors: dict[FactorKey, _Factor] = {}
         self._residents: set[Resident] = set()
         self._num_used = 0  # elements of live pages
         self._num_pinned = Counter[int]()  # pages, by width, that are never free again
@@ -177,8 +178,8 @@ class MatrixPool:
         A value that overflows, or more than 1 % of a factor's nonzero values lost to underflow,
         is refused. Changes nothing in the pool.
         """
-        keys: dict[tuple[int, str], _FactorKey] = {}
-        rows: dict[_FactorKey, Tensor] = {}
+        keys: dict[tuple[int, str], FactorKey] = {}
+        rows: dict[FactorKey, Tensor] = {}
         problems: list[str] = []
         for identity, (name, original) in _distinct_factors(adapter).items():
             cast = self._cast(original)
@@ -186,7 +187,7 @@ class MatrixPool:
                 problems.append(problem)
             digest = hashlib.sha256(cast.view(torch.uint8).numpy().data).digest()
             rank, features = cast.shape
-            keys[identity] = key = _FactorKey(digest, rank, features)
+            keys[identity] = key = FactorKey(digest, rank, features)
             rows.setdefault(key, cast)
         self._refuse(adapter, problems)
         pairs = []
@@ -197,6 +198,13 @@ class MatrixPool:
         num_expanded = sum(pair.a.rank * (pair.a.features + pair.b.features) for pair in pairs)
         return StagedAdapter(sorted(pairs), rows, layout.num_entries, num_expanded)
 
+    def check_room(self, factors: Collection[FactorKey]) -> None:
+        """Raise as `place` does if an adapter of these factors found no room now."""
+        with self._lock:
+            _, pages = self._allocate(factors)
+            for features, taken in pages.items():
+                self._allocator.free(features, list(taken))
+
     def place(self, staged: StagedAdapter) -> Resident:
         """Give a staged adapter its pages, sharing the factors that are there already.
 
@@ -205,12 +213,7 @@ class MatrixPool:
         """
         with self._placing:
             with self._lock:
-                new = [key for key in staged.rows if key not in self._factors]
-                try:
-                    pages = self._allocator.allocate(_page_counts(new))
-                except PoolFullError:
-                    self._check_fits(_page_counts(staged.rows))
-                    raise
+                new, pages = self._allocate(staged.rows)
                 for key in new:
                     taken = [next(pages[key.features]) for _ in range(key.num_pages)]
                     self._factors[key] = _Factor(taken)
@@ -279,6 +282,17 @@ class MatrixPool:
     def _new_allocator(self) -> PageAllocator:
         return PageAllocator(self.arena.numel(), self._feature_counts)
 
+    def _allocate(
+        self, factors: Collection[FactorKey]
+    ) -> tuple[list[FactorKey], dict[int, Iterator[int]]]:
+        """Those that are not there yet, and pages for them; raises as `place` does."""
+        new = [key for key in factors if key not in self._factors]
+        try:
+            return new, self._allocator.allocate(_page_counts(new))
+        except PoolFullError:
+            self._check_fits(_page_counts(factors))
+            raise
+
     def _refuse(self, adapter: Adapter, problems: list[str]) -> None:
         if problems:
             listed = problems[:_MAX_LISTED]
@@ -331,7 +345,7 @@ class MatrixPool:
             return original.to(self.dtype).contiguous()
         return self._copies.host_memory(original.shape, self.dtype).copy_(original)
 
-    def _write(self, key: _FactorKey, rows: Tensor) -> None:
+    def _write(self, key: FactorKey, rows: Tensor) -> None:
         """Copy a factor into its pages, a run of neighbours at a time, and zero the padding."""
         pages = self._factors[key].pages
         view = self.view(key.features)
@@ -346,7 +360,7 @@ class MatrixPool:
             start = end
 
 
-def _page_counts(keys: Mapping[_FactorKey, Tensor] | Sequence[_FactorKey]) -> Counter[int]:
+def _page_counts(keys: Collection[FactorKey]) -> Counter[int]:
     counts = Counter[int]()
     for key in keys:
         counts[key.features] += key.num_pages

@@ -128,15 +128,28 @@ class PoolMachine(RuleBasedStateMachine):
             modules=tuple(modules),
             rank=lambda module: rank + (MODULES.index(module) if mixed else 0),
         )
-        before = self.pool.stats()
+        before, checked = self.pool.stats(), self.check_room(adapter)
+        assert self.pool.stats() == before
+        self.pool.check_integrity()
         try:
             self.live.append((add(self.pool, adapter, LAYOUT), adapter))
+            assert checked is None
         except PoolFullError:
+            assert checked is PoolFullError
             assert self.live, "an empty pool must refuse for good, not for now"
             assert self.pool.stats() == before
         except AdapterInvalidError:
+            assert checked is AdapterInvalidError
             assert self.pool.num_bytes_for(adapter) > 8_192
             assert self.pool.stats() == before
+
+    def check_room(self, adapter: Adapter) -> type[Exception] | None:
+        """What the pool would raise, or None if there is room."""
+        try:
+            self.pool.check_room(self.pool.stage(adapter, LAYOUT).rows)
+        except (PoolFullError, AdapterInvalidError) as error:
+            return type(error)
+        return None
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
