@@ -19,12 +19,12 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter, PageTable
+from sharelora_serve.adapters.cast import lost_in_cast
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK, PageAllocator, PoolFullError
 from sharelora_serve.adapters.transfer import CopyStream
 from sharelora_serve.errors import AdapterInvalidError, ConfigurationError
 
-_MAX_UNDERFLOW = 0.01  # share of a factor's nonzero values that the cast may turn into zeros
 _MAX_LISTED = 10  # problems spelled out in one message; the rest are counted
 
 
@@ -162,7 +162,7 @@ class MatrixPool:
     def check(self, adapter: Adapter) -> None:
         """Raise AdapterInvalidError if the dtype or an empty pool could not hold the adapter."""
         lost = [
-            _lost_in_cast(name, rows, rows.to(self.dtype))
+            lost_in_cast(name, rows, rows.to(self.dtype))
             for name, rows in _distinct_factors(adapter).values()
         ]
         self._refuse(adapter, [problem for problem in lost if problem])
@@ -183,7 +183,7 @@ class MatrixPool:
         problems: list[str] = []
         for identity, (name, original) in _distinct_factors(adapter).items():
             cast = self._cast(original)
-            if problem := _lost_in_cast(name, original, cast):
+            if problem := lost_in_cast(name, original, cast):
                 problems.append(problem)
             digest = hashlib.sha256(cast.view(torch.uint8).numpy().data).digest()
             rank, features = cast.shape
@@ -385,23 +385,6 @@ def _pages_alone(adapter: Adapter) -> Counter[int]:
         rank, features = rows.shape
         counts[features] += -(-rank // PAGE_RANK)
     return counts
-
-
-def _lost_in_cast(name: str, original: Tensor, cast: Tensor) -> str | None:
-    """What the cast would lose beyond rounding, or None."""
-    if torch.promote_types(original.dtype, cast.dtype) == cast.dtype:
-        return None  # a wider type holds everything
-    if not torch.stack(torch.aminmax(cast)).isfinite().all():
-        largest, limit = float(original.abs().max()), torch.finfo(cast.dtype).max
-        num_overflown = cast.numel() - int(cast.isfinite().sum())
-        return f"{name}: {num_overflown} values overflow (largest {largest:.4g}, limit {limit:.4g})"
-    num_kept = int(cast.count_nonzero())
-    if cast.numel() - num_kept > _MAX_UNDERFLOW * num_kept:  # zeros, but maybe from the start
-        num_nonzero = int(original.count_nonzero())
-        num_lost = num_nonzero - num_kept
-        if num_lost > _MAX_UNDERFLOW * num_nonzero:
-            return f"{name}: {num_lost} of {num_nonzero} nonzero values are too small and become 0"
-    return None
 
 
 def _new_arena(num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
