@@ -1,11 +1,13 @@
 """Room in the adapter cache: who stays, who leaves, and who waits for whom."""
 
+from pathlib import Path
+
 import pytest
 
 from sharelora_serve.adapters.adapter import PageTable
 from sharelora_serve.adapters.residency import Tier, Waiting
 from sharelora_serve.errors import AdapterUnavailableError
-from tests.adapters.shelves import FOUR, ONE, THREE, TWO, Shelf
+from tests.adapters.shelves import FOUR, ONE, ROOM_FOR_TWO, THREE, TWO, Shelf
 
 
 def test_least_recently_used_leaves_the_device_first(narrow: Shelf) -> None:
@@ -39,6 +41,27 @@ def test_nobody_is_evicted_while_running_and_room_comes_with_a_release(narrow: S
     narrow.assert_reads_back(narrow.load(waiting), THREE)
     narrow.assert_reads_back(tables[1], TWO)
     assert cache.stats().device_evictions == 1
+
+
+def test_adapter_that_found_no_room_is_read_again_only_once_there_is_some(tmp_path: Path) -> None:
+    with Shelf(tmp_path, pool_bytes=ROOM_FOR_TWO, host_bytes=0) as shelf:
+        cache = shelf.cache
+        running = [shelf.publish("one", ONE), shelf.publish("two", TWO)]
+        for version in running:
+            shelf.load(version)
+        waiting = [shelf.publish("three", THREE), shelf.publish("four", FOUR)]
+        for is_room in (False, True):
+            if is_room:  # for one of them
+                num_read = cache.stats().disk_loads
+                cache.release(running[0])
+            for version in waiting:
+                assert cache.acquire(version) is Waiting.LOADING
+            shelf.wait_for_loads()
+        assert cache.stats().disk_loads == num_read + 1
+        shelf.assert_reads_back(shelf.load(waiting[0]), THREE)
+        cache.release(running[1])
+        shelf.assert_reads_back(shelf.load(waiting[1]), FOUR)
+        assert cache.stats().disk_loads == num_read + 2
 
 
 def test_adapter_stays_until_the_last_of_those_who_use_it_releases_it(narrow: Shelf) -> None:

@@ -156,7 +156,7 @@ class TinyModel:
         pool = MatrixPool(num_bytes, self.layout.feature_counts, self.dtype, CPU)
         try:
             for adapter in adapters:
-                pool.add(adapter, self.layout)
+                pool.place(pool.stage(adapter, self.layout))
         except (PoolFullError, AdapterInvalidError):
             return False
         return True
