@@ -81,6 +81,7 @@ class GenerationResponse(Response):
         events = _events(shape.first_chunks(generation.choices))
         running = list(generation.choices)
         try:
+            generation.check()  # a choice may have failed while the client took in the start
             while True:
                 # One write for all that is ready: under load that is several choices' chunks.
                 for choice in [choice for choice in running if choice.has_news]:

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sharelora_serve.engine.request import FinishReason, RequestOutput, SamplingParams
+from sharelora_serve.errors import EngineStoppedError
 from sharelora_serve.server import ascii_json
 from sharelora_serve.server.ascii_json import dump, dump_large
 from sharelora_serve.server.choice import ChoiceOptions
@@ -24,6 +25,8 @@ from tests.server.tokenizers import byte_level
 Send = Callable[[Any], Awaitable[None]]
 
 WHOLE = RequestOutput("", [40], finish_reason=FinishReason.LENGTH)
+BEGUN = RequestOutput("", [40])
+FAILED = RequestOutput("", [], finish_reason=FinishReason.ERROR, error=EngineStoppedError("gone"))
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False)
@@ -57,6 +60,24 @@ async def deliver(
         request.deliver(first)
     await answer
     return outcomes(context)
+
+
+def test_a_choice_that_fails_before_the_first_event_ends_the_stream_with_its_error() -> None:
+    engine, body = IdleEngine(), b""
+
+    async def send(message: Any) -> None:
+        nonlocal body
+        if message["type"] == "http.response.start":  # the client takes its time
+            engine.requests[0].deliver(FAILED)
+            await asyncio.sleep(0.01)
+        body += message.get("body", b"")
+
+    ended = asyncio.run(deliver(engine, BEGUN, send, streams=True))
+    *_, last, done, _ = body.decode().split("\n\n")
+    assert done == "data: [DONE]"
+    assert json.loads(last.removeprefix("data: "))["error"]["code"] == "engine_stopped"
+    assert '"finish_reason":"error"' not in body.decode()
+    assert ended == {"error": 1}
 
 
 def test_a_whole_answer_is_written_beside_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
