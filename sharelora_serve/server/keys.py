@@ -91,7 +91,8 @@ class KeyFile:
     """The keys of a running server, which follow their file. Used on the event loop alone.
 
     A file that is changed is read within CHECK_SECONDS. One that is broken or gone by then is
-    logged once, and the keys known before stay valid until it is whole again.
+    logged once, and the keys known before stay valid until it is whole again. One that cannot be
+    read is tried again at every look: its state need not change as the system recovers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,6 +101,7 @@ class KeyFile:
         self._checked_at = time.monotonic()
         self._state = _file_state(path)
         self._callers = _read_callers(path)  # by the hashes of their keys
+        self._unreadable: str | None = None  # why, if the last try to read it failed
         self._following = asyncio.Lock()
 
     async def follow(self) -> None:
@@ -112,14 +114,20 @@ class KeyFile:
             # Taken before reading: of a change in between, the next look will tell.
             state = _file_state(self._path)
             if state == self._state:
+                self._unreadable = None
                 return
             try:
                 # Thousands of keys take a while, in which streams go on.
                 self._callers = await asyncio.to_thread(_read_callers, self._path)
             except ConfigurationError as error:
-                logger.error("the API keys known before stay valid: %s", error.message)
+                is_unreadable = isinstance(error.__cause__, OSError)
+                if not is_unreadable or error.message != self._unreadable:
+                    logger.error("the API keys known before stay valid: %s", error.message)
+                if is_unreadable:
+                    self._unreadable = error.message
+                    return
             # Only now: the client whose request this is may have left while it was read.
-            self._state = state
+            self._state, self._unreadable = state, None
 
     def authenticate(self, header: str | None) -> Caller:
         """Whom an `Authorization` header stands for; AuthenticationError if for nobody."""
