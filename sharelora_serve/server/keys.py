@@ -159,7 +159,7 @@ def _read_callers(path: Path) -> dict[str, Caller]:
         logger.info("%d API keys are valid, of %s", len(keys), path)
     else:
         logger.warning("%s holds no API keys: every request is refused", path)
-    return {key.sha256: Caller(key.tenant, is_admin=key.role == "admin") for key in keys}
+    return {key.sha256: Caller(key.tenant) for key in keys}
 
 
 def read_keys(path: Path) -> list[StoredKey]:

@@ -26,8 +26,8 @@ LINE = {
     "tenant": "acme",
     "created_at": "2026-01-31T12:00:00Z",
 }
-ADMIN = Caller(tenant=None, is_admin=True)
-ACME = Caller(tenant="acme", is_admin=False)
+ADMIN = Caller(tenant=None)
+ACME = Caller(tenant="acme")
 
 
 @pytest.fixture

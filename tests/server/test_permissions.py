@@ -16,7 +16,7 @@ def test_a_tenants_own_adapter_is_listed_in_place_of_the_public_one() -> None:
     for names in permutations(NAMES):
         adapters = [SimpleNamespace(name=name) for name in names]
         registry: Any = SimpleNamespace(adapters=lambda adapters=adapters: adapters)
-        seen = visible(Caller("acme", is_admin=False), registry)
+        seen = visible(Caller("acme"), registry)
         assert {shown: item.name for shown, item in seen.items()} == {
             "support": OWN,
             "other": NAMES[3],
