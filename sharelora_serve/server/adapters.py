@@ -107,6 +107,11 @@ class AdapterRoutes:
                 path, answer, methods=[method], response_model=None, openapi_extra=takes
             )
 
+    def stop(self) -> None:
+        """Begin no change any more: those that wait are refused, those that have begun may end."""
+        for workers in (self._publishers, self._changers):
+            workers.shutdown(wait=False, cancel_futures=True)
+
     async def list_adapters(
         self,
         request: Request,
@@ -255,7 +260,12 @@ class AdapterRoutes:
         """
         drain: Drain = request.app.state.drain
         drain.check()
-        result = await asyncio.get_running_loop().run_in_executor(workers or self._changers, change)
+        loop = asyncio.get_running_loop()
+        try:
+            result = await loop.run_in_executor(workers or self._changers, change)
+        except asyncio.CancelledError:
+            drain.check()  # it had not begun when `stop` was called
+            raise
         fields = {"model": name.text}
         if isinstance(result, Published):
             fields["version"] = result.version.digest

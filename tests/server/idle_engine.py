@@ -27,6 +27,9 @@ class IdleEngine:
     def abort(self, request_id: str) -> None:
         """Nothing is computed."""
 
+    def stop(self) -> None:
+        """Nothing runs."""
+
 
 def idle_context(
     engine: IdleEngine, codec: TextCodec, mailbox: Mailbox | None = None, registry: Any = None
