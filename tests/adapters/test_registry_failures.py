@@ -57,7 +57,7 @@ def wait_until(happened: Callable[[], bool]) -> None:
 
 
 def names(registry: AdapterRegistry) -> list[str]:
-    return [published.name.text for published in registry.adapters()]
+    return sorted(published.name.text for published in registry.adapters())
 
 
 def test_files_of_a_publication_that_was_refused_are_collected(
