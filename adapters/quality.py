@@ -1,5 +1,7 @@
 """Train every form of adapter on the same rows and steps, and score each as it is served.
 
+The A of a mixture has had steps of its own before, on rows of these tasks among others.
+
 PYTHONPATH=. python adapters/quality.py TASK DATA docs/quality/runs.jsonl
 
 Runs that the results have already are left out, so it can be stopped and started again at any time.
@@ -8,17 +10,18 @@ in sources.py.
 """
 
 import json
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import httpx
 import typer
 from rich.console import Console
 
 from adapters.sources import COMMON_A, WORK, command, test_file, train, train_common_a
 from loadtest.servers import our_server
+from sharelora_serve.cli.failure import EXIT_CODE
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _FIRST_RATES = (3e-3, 1e-2)  # then the neighbours of the best
@@ -106,12 +109,20 @@ def sweep(results: Results, task: str, form: str) -> dict[float, float]:
 
 
 def measure(run: Run, data: Path, url: str) -> dict[str, Any]:
-    """Train and evaluate; scores by name, and what the training took."""
+    """Train and evaluate; scores by name, and what the training took.
+
+    A training that is refused, since its losses were no longer finite, scores 0.
+    """
     task = TASKS[run.task]
     name = f"{run.form} {run.rate:g} {run.seed}".replace(",", "").replace(" ", "-")
     folder, report = WORK / run.task / name, WORK / run.task / "reports" / name
     options = ("--learning-rate", str(run.rate), "--seed", str(run.seed))
-    training = train(data, run.task, folder, *FORMS[run.form], *options)
+    try:
+        training = train(data, run.task, folder, *FORMS[run.form], *options)
+    except subprocess.CalledProcessError as error:
+        if error.returncode != EXIT_CODE:
+            raise
+        return {task.score: 0.0, "failed": True}
     command("adapters", "add", "trained", str(folder), "--replace", "--url", url)
     command(
         "evaluate", run.task, str(test_file(data, run.task)), "--model", "trained",
@@ -138,11 +149,7 @@ def main(
     with our_server(WORK / task / "log", "--prefix-cache", "--dtype", "float16") as server:
         while time.monotonic() < ends_at and (run := next_run(read_results(results), task)):
             Console(stderr=True).rule(f"{run.task}, {run.form}, {run.rate:g}, seed {run.seed}")
-            try:
-                found = measure(run, data, server.url)
-            except SystemExit:  # it diverged, and the trainer or the server refuses what came
-                httpx.get(f"{server.url}/health").raise_for_status()
-                found = {TASKS[task].score: 0.0, "failed": True}
+            found = measure(run, data, server.url)
             with results.open("a") as file:
                 file.write(json.dumps({**vars(run), **found}) + "\n")
 

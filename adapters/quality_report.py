@@ -4,6 +4,7 @@ PYTHONPATH=. python adapters/quality_report.py docs/quality/runs.jsonl
 """
 
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -45,34 +46,42 @@ def mark(value: float, best: float) -> str:
 def seeds_table(results: Results, task: str) -> str:
     """Each form at its best rate with every seed, against LoRA, and the memory of training.
 
-    The first seed chose the rate.
+    The first seed chose the rate. Differences are of runs of one seed, whose rows come in the same
+    order; their spread is the standard deviation over seeds.
     """
     score = TASKS[task].score
-    scores: dict[str, list[float]] = {}
+    of_lora: list[float] = []
     lines = []
     for form in FORMS:
         if next_rate(results, task, form) is not None:
             continue
         rate = best_rate(results, task, form)
         runs = [results[run] for seed in SEEDS if (run := Run(task, form, rate, seed)) in results]
-        scores[form] = [run[score] for run in runs]
-        mean, of_lora = statistics.mean(scores[form]), statistics.mean(scores["LoRA"])
-        seeds = ", ".join(f"{value:.1f}" for value in scores[form])
+        scores = [run[score] for run in runs]
+        of_lora = of_lora or scores
+        seeds = ", ".join(f"{value:.1f}" for value in scores)
+        less = [own - lora for own, lora in zip(scores, of_lora, strict=False)]
         lines.append(
             (
                 form,
                 f"{rate:g}",
                 seeds,
-                f"{mean:.1f}",
-                f"{mean - of_lora:+.1f}",
-                format_bytes(max(run["training_bytes"] for run in runs)),
+                with_spread(scores),
+                with_spread(less, "+"),
+                format_bytes(max(run.get("training_bytes", 0) for run in runs)),
             )
         )
     headings = (
-        task, "learning rate", f"{score} by seed", "mean", "less LoRA's mean",
+        task, "learning rate", f"{score} by seed", "mean", "more than LoRA",
         "memory of training",
     )  # fmt: skip
     return table(headings, lines)
+
+
+def with_spread(values: Sequence[float], sign: str = "") -> str:
+    """Mean and standard deviation."""
+    spread = statistics.stdev(values) if len(values) > 1 else 0.0
+    return f"{statistics.mean(values):{sign}.1f} ± {spread:.1f}"
 
 
 def plot_rates(results: Results, path: Path) -> None:

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from sharelora_serve.evaluation.tasks import TASKS
+
 WORK = Path("build/examples")
 COMMON_A = Path("docs/quality/common-a")
 _MIXTURE_STEPS = 300
@@ -28,12 +30,10 @@ _ROWS_OF_EACH = 800  # in a mixture
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: its files, how its rows are learnt, and what a card says of it."""
+    """A data set: its files, how many steps learn from it, and what a card says of it."""
 
     train: str
     test: str
-    user: str
-    assistant: str
     num_steps: int
     title: str
     licence: str
@@ -44,8 +44,6 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "banking77": Source(
             train="train.csv",
             test="test.csv",
-            user="Intent of this bank customer's message: {text}",
-            assistant="{category}",
             num_steps=200,
             title="Banking77, PolyAI, arXiv 2003.04807",
             licence="CC BY 4.0",
@@ -53,8 +51,6 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "e2e": Source(
             train="train.csv",
             test="test.csv",
-            user="Describe the restaurant: {mr}",
-            assistant="{ref}",
             num_steps=100,
             title="E2E NLG challenge, development set, arXiv 1706.09254",
             licence="CC BY-SA 4.0",
@@ -62,8 +58,6 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "gsm8k": Source(
             train="train.jsonl",
             test="test.jsonl",
-            user="{question}",
-            assistant="{answer}",
             num_steps=100,
             title="GSM8K, OpenAI, arXiv 2110.14168",
             licence="MIT",
@@ -78,18 +72,21 @@ def test_file(data: Path, name: str) -> Path:
 
 
 def command(*words: str) -> int:
-    """Run this project's command line; the most memory it had, in bytes. Its failure is ours."""
+    """Run this project's command line; the most memory it had, in bytes.
+
+    Raises CalledProcessError if it fails.
+    """
     process = subprocess.Popen([sys.executable, "-m", "sharelora_serve.cli", *words])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
-        raise SystemExit(f"{' '.join(words)} ended with {os.waitstatus_to_exitcode(status)}")
+        raise subprocess.CalledProcessError(os.waitstatus_to_exitcode(status), words)
     return usage.ru_maxrss * 1024
 
 
 def train(data: Path, name: str, output: Path, *options: str) -> dict[str, Any]:
     """Train on a data set; what it took, and its losses as (step, mean since the one before)."""
-    source = SOURCES[name]
-    asked = ("--user", source.user, "--assistant", source.assistant)
+    source, template = SOURCES[name], TASKS[name].template
+    asked = ("--user", template.user, "--assistant", template.assistant)
     said = ("--data-name", source.title, "--licence", source.licence)
     file = data / name / source.train
     return _train(file, output, source.num_steps, *asked, *said, *options)
@@ -130,12 +127,12 @@ def _train(data: Path, output: Path, num_steps: int, *options: str) -> dict[str,
 
 def _conversations(data: Path, name: str) -> Iterator[list[dict[str, str]]]:
     """Some of a data set's questions with their answers."""
-    source = SOURCES[name]
+    source, template = SOURCES[name], TASKS[name].template
     with (data / name / source.train).open(newline="", encoding="utf-8") as file:
         is_csv = source.train.endswith(".csv")
         rows: list[dict[str, str]] = list(csv.DictReader(file) if is_csv else map(json.loads, file))
     for row in random.Random(0).sample(rows, _ROWS_OF_EACH):
         yield [
-            {"role": "user", "content": source.user.format_map(row)},
-            {"role": "assistant", "content": source.assistant.format_map(row)},
+            {"role": "user", "content": template.user.format_map(row)},
+            {"role": "assistant", "content": template.assistant.format_map(row)},
         ]

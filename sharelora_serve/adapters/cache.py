@@ -14,9 +14,10 @@ from functools import partial
 from threading import Lock, Semaphore, Thread
 
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion, PageTable
+from sharelora_serve.adapters.host_tier import HostTier
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pages import PoolFullError
-from sharelora_serve.adapters.pool import MatrixPool, Resident, StagedAdapter
+from sharelora_serve.adapters.pool import MatrixPool, Resident
 from sharelora_serve.adapters.residency import CacheStats, Entry, Tier, Waiting
 from sharelora_serve.errors import AdapterUnavailableError, ServeError
 from sharelora_serve.priority import lower_priority
@@ -51,20 +52,18 @@ class AdapterCache:
         """
         self._layout = layout
         self._pool = pool
-        self._host_memory_bytes = host_memory_bytes
         self._read = read
         self._on_change = on_change
         self._lock = Lock()  # held for bookkeeping only; guards everything below
         self._entries: dict[str, Entry] = {}
         self._idle: OrderedDict[Entry, None] = OrderedDict()  # may be evicted; oldest use first
-        self._host: OrderedDict[Entry, None] = OrderedDict()  # oldest use first
-        self._host_bytes = 0
+        self._host = HostTier(host_memory_bytes)
         self._homeless: set[Entry] = set()  # pinned, and without room so far
         # Counts the moments at which room may have appeared, so that a load which found none is
         # tried again only when that can make a difference.
         self._epoch = 0
         self._device_hits = self._host_hits = self._disk_loads = self._failures = 0
-        self._device_evictions = self._host_evictions = 0
+        self._device_evictions = 0
         self._loads_in_progress = self._num_discarding = 0
         self._is_closed = False
         self._to_discard: deque[Resident] = deque()
@@ -84,7 +83,7 @@ class AdapterCache:
             entry.num_names += 1
             entry.forget_failures()
             if adapter is not None:
-                self._keep_on_host(entry, adapter)
+                self._host.keep(entry, adapter)
 
     def dismiss(self, version: AdapterVersion) -> None:
         """A name no longer stands for it; it leaves when the last request is done with it."""
@@ -230,12 +229,12 @@ class AdapterCache:
                 host_hits=self._host_hits,
                 disk_loads=self._disk_loads,
                 device_evictions=self._device_evictions,
-                host_evictions=self._host_evictions,
+                host_evictions=self._host.num_evictions,
                 failures=self._failures,
                 loads_in_progress=self._loads_in_progress,
                 num_pinned=sum(entry.num_pins > 0 for entry in self._entries.values()),
                 num_on_host=len(self._host),
-                host_bytes=self._host_bytes,
+                host_bytes=self._host.num_bytes,
                 pool=pool,
             )
 
@@ -279,32 +278,19 @@ class AdapterCache:
                 self._start_load(entry)
 
     def _settle(self, entry: Entry) -> None:
-        """Forget a version as soon as nobody needs it."""
+        """Forget a version as soon as nobody needs it, and its factors when it waits no more."""
+        if entry.resident is not None or not entry.is_awaited:
+            entry.factors = None
         if entry.is_needed:
             return
         del self._entries[entry.version.key]
         self._idle.pop(entry, None)
         if entry.adapter is not None:
-            self._drop_from_host(entry)
+            self._host.drop(entry)
         if entry.resident is not None:
             self._num_discarding += 1
             self._to_discard.append(entry.resident)
             self._num_jobs.release()
-
-    def _keep_on_host(self, entry: Entry, adapter: Adapter) -> None:
-        num_bytes = adapter.num_bytes
-        if entry.adapter is None and num_bytes <= self._host_memory_bytes:
-            entry.adapter, entry.host_bytes = adapter, num_bytes
-            self._host[entry] = None
-            self._host_bytes += num_bytes
-        while self._host_bytes > self._host_memory_bytes:
-            self._drop_from_host(next(iter(self._host)))
-            self._host_evictions += 1
-
-    def _drop_from_host(self, entry: Entry) -> None:
-        del self._host[entry]
-        entry.adapter = None
-        self._host_bytes -= entry.host_bytes
 
     def _evict(self, entry: Entry) -> Resident | None:
         """Take the least recently used adapter that this load may replace from the device."""
@@ -353,8 +339,7 @@ class AdapterCache:
         """Bring an entry to the device, or note on it why that was not possible."""
         resident, failure, is_from_host = None, None, False
         try:
-            adapter, is_from_host = self._content(entry)
-            resident = self._place(entry, self._pool.stage(adapter, self._layout))
+            resident, is_from_host = self._place(entry)
         except Exception as error:  # whatever it was, it fails this adapter's requests only
             reason = error.message if isinstance(error, ServeError) else repr(error)
             failure = f"adapter {entry.version.name!r} could not be loaded: {reason}"
@@ -376,27 +361,38 @@ class AdapterCache:
         """The entry's factors, and whether they were in host memory."""
         with self._lock:
             if entry.adapter is not None:
-                self._host.move_to_end(entry)
+                self._host.touch(entry)
                 return entry.adapter, True
         adapter = replace(self._read(entry.version), name=entry.version.name)
         with self._lock:
             self._disk_loads += 1
             if self._entries.get(entry.version.key) is entry:  # else it was forgotten meanwhile
-                self._keep_on_host(entry, adapter)
+                self._host.keep(entry, adapter)
         return adapter, False
 
-    def _place(self, entry: Entry, staged: StagedAdapter) -> Resident | None:
-        """Place an adapter, evicting what may be evicted until it fits; None if it cannot now."""
+    def _place(self, entry: Entry) -> tuple[Resident | None, bool]:
+        """Place an adapter, evicting what may be evicted until it fits; None if it cannot now.
+
+        And whether it was in host memory. One that was refused before is neither read nor cast nor
+        hashed again until its factors find room: with many that wait, room for one is for one.
+        """
+        staged, is_from_host = None, False
         while True:
             with self._lock:
-                epoch = self._epoch
+                epoch, factors = self._epoch, entry.factors
             try:
-                return self._pool.place(staged)
+                if staged is None:
+                    if factors is not None:
+                        self._pool.check_room(factors)
+                    adapter, is_from_host = self._content(entry)
+                    staged = self._pool.stage(adapter, self._layout)
+                return self._pool.place(staged), is_from_host
             except PoolFullError:
                 with self._lock:
                     victim = self._evict(entry)
                     if victim is None and self._epoch == epoch:
                         entry.refused_at = epoch
+                        entry.factors = factors if staged is None else tuple(staged.rows)
                         if entry.num_pins:
                             self._homeless.add(entry)
                         if entry.is_wanted and not self._will_have_room(entry):
@@ -404,6 +400,6 @@ class AdapterCache:
                                 "it needs more device memory than the pinned adapters leave; "
                                 "raise --adapter-memory or unpin some"
                             ) from None
-                        return None
+                        return None, is_from_host
             if victim is not None:
                 self._pool.release(victim)

@@ -3,7 +3,10 @@
 import sqlite3
 from pathlib import Path
 
-SCHEMA = """
+VERSION = 2
+"""Of the tables. 1 had no digests of folders; `migrate` adds them."""
+
+SCHEMA = f"""
 CREATE TABLE base (name TEXT NOT NULL, layout TEXT NOT NULL);
 CREATE TABLE contents (
     digest TEXT PRIMARY KEY,
@@ -33,9 +36,19 @@ CREATE TABLE versions (
     PRIMARY KEY (adapter, digest)
 ) WITHOUT ROWID;
 CREATE INDEX versions_by_digest ON versions (digest);
-CREATE TABLE folders (name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) WITHOUT ROWID;
-PRAGMA user_version = 1;
+CREATE TABLE folders (
+    name TEXT PRIMARY KEY,
+    fingerprint TEXT NOT NULL,
+    digest TEXT  -- of what was last published from the folder; NULL if VERSION was 1 then
+) WITHOUT ROWID;
+PRAGMA user_version = {VERSION};
 """
+
+
+def migrate(database: sqlite3.Connection) -> None:
+    """Make tables of version 1 those of VERSION, in the transaction that is open."""
+    database.execute("ALTER TABLE folders ADD COLUMN digest TEXT")
+    database.execute(f"PRAGMA user_version = {VERSION}")
 
 
 def registry_in(folder: Path) -> Path:

@@ -11,7 +11,7 @@ import shutil
 import struct
 import uuid
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -131,7 +131,10 @@ class FactorFiles:
             yield Incoming(self._factors, manifest, paths)
         finally:
             for path in paths.values():
-                path.unlink(missing_ok=True)
+                # What cannot be deleted goes when the store is opened again. It must not hide why
+                # the publication failed, which may be the same disk.
+                with suppress(OSError):
+                    path.unlink()
 
     def read(self, digest: str, manifest: Manifest) -> Adapter:
         """A version's factors; StorageError if they are not there, or are not that version's."""

@@ -10,7 +10,6 @@ from threading import Event, Thread
 
 from watchfiles import watch
 
-from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.errors import AdapterExistsError, PinsFullError, ServeError, StorageError
 
@@ -157,9 +156,7 @@ class AdapterFolder:
         """Publish a subfolder; False if that failed and is to be tried again."""
         path = self.path / name
         try:
-            published = self._registry.publish(
-                AdapterName(None, name), path, fingerprint=fingerprint
-            )
+            published = self._registry.publish_folder(name, path, fingerprint)
         except (StorageError, AdapterExistsError, PinsFullError) as error:
             # It may be served later though the folder stays as it is.
             if self._delayed.get(name) != fingerprint:
@@ -178,6 +175,8 @@ class AdapterFolder:
             return True
         self._known[name] = fingerprint
         self._refused.pop(name, None)
+        if published is None:  # the files are others, what they hold is not
+            return True
         logger.info(
             "adapter %s: version %s, %s, rank %s, %d bytes (%d as plain LoRA)",
             name,

@@ -7,7 +7,7 @@ so LoRA, ShareA, ShareB, ShareAB and a common A of many adapters differ only in 
 
 import hashlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
@@ -19,16 +19,16 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter, PageTable
+from sharelora_serve.adapters.cast import lost_in_cast
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK, PageAllocator, PoolFullError
 from sharelora_serve.adapters.transfer import CopyStream
 from sharelora_serve.errors import AdapterInvalidError, ConfigurationError
 
-_MAX_UNDERFLOW = 0.01  # share of a factor's nonzero values that the cast may turn into zeros
 _MAX_LISTED = 10  # problems spelled out in one message; the rest are counted
 
 
-class _FactorKey(NamedTuple):
+class FactorKey(NamedTuple):
     """What makes two factors one: rank-major bytes in the pool's dtype, and shape."""
 
     digest: bytes
@@ -37,6 +37,7 @@ class _FactorKey(NamedTuple):
 
     @property
     def num_pages(self) -> int:
+        """Pages that hold its rows."""
         return -(-self.rank // PAGE_RANK)
 
     @property
@@ -53,8 +54,8 @@ class _Factor:
 
 class _StagedPair(NamedTuple):
     entry: int
-    a: _FactorKey
-    b: _FactorKey
+    a: FactorKey
+    b: FactorKey
     scaling: float
 
 
@@ -69,7 +70,7 @@ class StagedAdapter:
     """
 
     pairs: list[_StagedPair]
-    rows: dict[_FactorKey, Tensor] = field(repr=False)
+    rows: dict[FactorKey, Tensor] = field(repr=False)
     num_entries: int
     num_expanded: int
 
@@ -79,7 +80,7 @@ class Resident:
     """An adapter in the pool, valid until it is released; compared by identity."""
 
     page_table: PageTable
-    _factors: tuple[_FactorKey, ...] = field(repr=False)
+    _factors: tuple[FactorKey, ...] = field(repr=False)
     _num_expanded: int = field(repr=False)
 
 
@@ -131,14 +132,14 @@ class MatrixPool:
         self._feature_counts = sorted(set(feature_counts))
         self._allocator = self._new_allocator()
         self.arena[: self._allocator.num_reserved].zero_()
-        self._factors: dict[_FactorKey, _Factor] = {}
+        self._factors: dict[FactorKey, _Factor] = {}
         self._residents: set[Resident] = set()
         self._num_used = 0  # elements of live pages
         self._num_pinned = Counter[int]()  # pages, by width, that are never free again
         self._num_expanded = 0
-        # Adds take turns, so that no add finds a factor that another has yet to write; the second
+        # Adapters are placed in turn, so that none finds a factor yet to be written; the second
         # lock is held for bookkeeping only, so that releases and stats never wait for a copy.
-        self._adding = Lock()
+        self._placing = Lock()
         self._lock = Lock()
 
     def view(self, features: int) -> Tensor:
@@ -158,14 +159,10 @@ class MatrixPool:
         with self._lock:
             return self._num_bytes(self._num_pinned)
 
-    def add(self, adapter: Adapter, layout: BaseLayout) -> Resident:
-        """Stage and place an adapter. Raises as `stage` and `place` do, then changes nothing."""
-        return self.place(self.stage(adapter, layout))
-
     def check(self, adapter: Adapter) -> None:
         """Raise AdapterInvalidError if the dtype or an empty pool could not hold the adapter."""
         lost = [
-            _lost_in_cast(name, rows, rows.to(self.dtype))
+            lost_in_cast(name, rows, rows.to(self.dtype))
             for name, rows in _distinct_factors(adapter).values()
         ]
         self._refuse(adapter, [problem for problem in lost if problem])
@@ -181,16 +178,16 @@ class MatrixPool:
         A value that overflows, or more than 1 % of a factor's nonzero values lost to underflow,
         is refused. Changes nothing in the pool.
         """
-        keys: dict[tuple[int, str], _FactorKey] = {}
-        rows: dict[_FactorKey, Tensor] = {}
+        keys: dict[tuple[int, str], FactorKey] = {}
+        rows: dict[FactorKey, Tensor] = {}
         problems: list[str] = []
         for identity, (name, original) in _distinct_factors(adapter).items():
             cast = self._cast(original)
-            if problem := _lost_in_cast(name, original, cast):
+            if problem := lost_in_cast(name, original, cast):
                 problems.append(problem)
             digest = hashlib.sha256(cast.view(torch.uint8).numpy().data).digest()
             rank, features = cast.shape
-            keys[identity] = key = _FactorKey(digest, rank, features)
+            keys[identity] = key = FactorKey(digest, rank, features)
             rows.setdefault(key, cast)
         self._refuse(adapter, problems)
         pairs = []
@@ -201,20 +198,22 @@ class MatrixPool:
         num_expanded = sum(pair.a.rank * (pair.a.features + pair.b.features) for pair in pairs)
         return StagedAdapter(sorted(pairs), rows, layout.num_entries, num_expanded)
 
+    def check_room(self, factors: Collection[FactorKey]) -> None:
+        """Raise as `place` does if an adapter of these factors found no room now."""
+        with self._lock:
+            _, pages = self._allocate(factors)
+            for features, taken in pages.items():
+                self._allocator.free(features, list(taken))
+
     def place(self, staged: StagedAdapter) -> Resident:
         """Give a staged adapter its pages, sharing the factors that are there already.
 
         Raises PoolFullError if there is no room now and AdapterInvalidError if an empty pool had
         none; either leaves everything as it was.
         """
-        with self._adding:
+        with self._placing:
             with self._lock:
-                new = [key for key in staged.rows if key not in self._factors]
-                try:
-                    pages = self._allocator.allocate(_page_counts(new))
-                except PoolFullError:
-                    self._check_fits(_page_counts(staged.rows))
-                    raise
+                new, pages = self._allocate(staged.rows)
                 for key in new:
                     taken = [next(pages[key.features]) for _ in range(key.num_pages)]
                     self._factors[key] = _Factor(taken)
@@ -264,7 +263,7 @@ class MatrixPool:
 
     def check_integrity(self) -> None:
         """Recount references, pages and bytes; raise AssertionError with what is off."""
-        with self._adding, self._lock:
+        with self._placing, self._lock:
             references = Counter(chain.from_iterable(r._factors for r in self._residents))
             counted = {key: factor.num_references for key, factor in self._factors.items()}
             assert references == counted, "reference counts differ from a recount"
@@ -282,6 +281,17 @@ class MatrixPool:
 
     def _new_allocator(self) -> PageAllocator:
         return PageAllocator(self.arena.numel(), self._feature_counts)
+
+    def _allocate(
+        self, factors: Collection[FactorKey]
+    ) -> tuple[list[FactorKey], dict[int, Iterator[int]]]:
+        """Those that are not there yet, and pages for them; raises as `place` does."""
+        new = [key for key in factors if key not in self._factors]
+        try:
+            return new, self._allocator.allocate(_page_counts(new))
+        except PoolFullError:
+            self._check_fits(_page_counts(factors))
+            raise
 
     def _refuse(self, adapter: Adapter, problems: list[str]) -> None:
         if problems:
@@ -335,7 +345,7 @@ class MatrixPool:
             return original.to(self.dtype).contiguous()
         return self._copies.host_memory(original.shape, self.dtype).copy_(original)
 
-    def _write(self, key: _FactorKey, rows: Tensor) -> None:
+    def _write(self, key: FactorKey, rows: Tensor) -> None:
         """Copy a factor into its pages, a run of neighbours at a time, and zero the padding."""
         pages = self._factors[key].pages
         view = self.view(key.features)
@@ -350,7 +360,7 @@ class MatrixPool:
             start = end
 
 
-def _page_counts(keys: Mapping[_FactorKey, Tensor] | Sequence[_FactorKey]) -> Counter[int]:
+def _page_counts(keys: Collection[FactorKey]) -> Counter[int]:
     counts = Counter[int]()
     for key in keys:
         counts[key.features] += key.num_pages
@@ -375,23 +385,6 @@ def _pages_alone(adapter: Adapter) -> Counter[int]:
         rank, features = rows.shape
         counts[features] += -(-rank // PAGE_RANK)
     return counts
-
-
-def _lost_in_cast(name: str, original: Tensor, cast: Tensor) -> str | None:
-    """What the cast would lose beyond rounding, or None."""
-    if torch.promote_types(original.dtype, cast.dtype) == cast.dtype:
-        return None  # a wider type holds everything
-    if not torch.stack(torch.aminmax(cast)).isfinite().all():
-        largest, limit = float(original.abs().max()), torch.finfo(cast.dtype).max
-        num_overflown = cast.numel() - int(cast.isfinite().sum())
-        return f"{name}: {num_overflown} values overflow (largest {largest:.4g}, limit {limit:.4g})"
-    num_kept = int(cast.count_nonzero())
-    if cast.numel() - num_kept > _MAX_UNDERFLOW * num_kept:  # zeros, but maybe from the start
-        num_nonzero = int(original.count_nonzero())
-        num_lost = num_nonzero - num_kept
-        if num_lost > _MAX_UNDERFLOW * num_nonzero:
-            return f"{name}: {num_lost} of {num_nonzero} nonzero values are too small and become 0"
-    return None
 
 
 def _new_arena(num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:

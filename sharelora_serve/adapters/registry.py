@@ -13,17 +13,20 @@ from sharelora_serve.adapters.format import read_adapter
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import AdapterName, check_name
 from sharelora_serve.adapters.pool import MatrixPool
-from sharelora_serve.adapters.published import Published, choose_version
+from sharelora_serve.adapters.published import (
+    Published,
+    check_expected,
+    check_not_uploaded,
+    choose_version,
+)
 from sharelora_serve.adapters.store import AdapterStore, StoredVersion
-from sharelora_serve.adapters.summary import summarise
+from sharelora_serve.adapters.summary import AdapterSummary, summarise
 from sharelora_serve.errors import (
-    AdapterExistsError,
     AdapterInvalidError,
     ModelNotFoundError,
     PinsFullError,
     ServeError,
     StorageError,
-    VersionMismatchError,
 )
 
 logger = logging.getLogger(__name__)
@@ -95,10 +98,9 @@ class AdapterRegistry:
         self._collector.join()
 
     def adapters(self) -> list[Published]:
-        """Every name and what it stands for, public ones first, by owner and name."""
+        """Every name and what it stands for, in no order: of thousands it would cost."""
         with self._lock:
-            published = list(self._published.values())
-        return sorted(published, key=lambda item: (item.name.owner or "", item.name.name))
+            return list(self._published.values())
 
     def find(self, *names: AdapterName) -> Published:
         """What the first of the names that is known stands for, or ModelNotFoundError."""
@@ -134,58 +136,49 @@ class AdapterRegistry:
         *,
         must_be_new: bool | None = None,
         expected: str | None = None,
-        fingerprint: str | None = None,
     ) -> Published:
         """Read and check the adapter at path, store it, and let the name stand for it.
 
         must_be_new  True raises AdapterExistsError if the name is taken, False
                      ModelNotFoundError if it is not, None takes either
         expected     the version that it must replace, else VersionMismatchError
-        fingerprint  of the watched folder that path is
 
         Raises AdapterInvalidError, PinsFullError and StorageError as well; whatever it raises, the
         name stands for what it stood for.
         """
         check_name(name.name, self._layout.name, name.owner)
-        previous = self._published.get(name)
-        self._check(name, previous, must_be_new, expected, fingerprint)
-        try:
-            adapter = read_adapter(path, self._layout, name=name.text)
-            self._pool.check(adapter)
-        except AdapterInvalidError as error:
-            if previous is None:
-                raise
-            raise AdapterInvalidError(
-                f"{error.message}\nVersion {previous.version.digest[:12]} of {name.text!r} is "
-                "still being served.",
-                param=error.param,
-            ) from None
-        summary, version = summarise(adapter), _version(name, adapter.digest)
+        check_expected(name, self._published.get(name), must_be_new, expected)
+        adapter = self._read(name, path)
+        summary = summarise(adapter)
         with self._changing:
             previous = self._published.get(name)
-            self._check(name, previous, must_be_new, expected, fingerprint)
-            is_pinned = previous is not None and previous.is_pinned
-            pinned_bytes = self._bytes_to_pin(name, adapter) if is_pinned else 0
-            try:
-                created_at = self._store.publish(
-                    name,
-                    adapter,
-                    summary,
-                    keep_versions=self._keep_versions,
-                    fingerprint=fingerprint,
-                )
-            except StorageError:
-                self._has_changed.set()  # it may have moved files in before the registry refused
-                raise
-            self._cache.admit(version, adapter)
-            is_from_folder = fingerprint is not None
-            if previous is not None:
-                is_from_folder = previous.is_from_folder
-            published = Published(name, version, summary, is_pinned, is_from_folder, created_at)
-            self._switch(previous, published, pinned_bytes)
-        if fingerprint is None:  # whoever uploads is about to ask; of a whole folder few are asked
-            self._cache.prefetch(version, is_reserved=False)
+            check_expected(name, previous, must_be_new, expected)
+            published = self._put(name, adapter, summary, previous)
+        # Whoever uploads is about to ask; of a whole folder few are asked.
+        self._cache.prefetch(published.version, is_reserved=False)
         return published
+
+    def publish_folder(self, folder: str, path: Path, fingerprint: str) -> Published | None:
+        """Publish the watched folder of that name, unless it holds what was last published from it.
+
+        None if it does: only its fingerprint is noted, so that what was uploaded, rolled back or
+        deleted since then stays so. Raises AdapterExistsError if the name was uploaded, else as
+        `publish` does.
+        """
+        name = AdapterName(None, folder)
+        check_name(folder, self._layout.name)
+        check_not_uploaded(name, self._published.get(name))
+        adapter = self._read(name, path)
+        summary = summarise(adapter)
+        with self._changing:
+            previous = self._published.get(name)
+            check_not_uploaded(name, previous)
+            try:
+                if self._store.renew_folder(folder, adapter, summary, fingerprint):
+                    return None
+            finally:
+                self._has_changed.set()  # files of a version that no name has may be back
+            return self._put(name, adapter, summary, previous, fingerprint)
 
     def remove(self, name: AdapterName, *, expected: str | None = None) -> None:
         """Forget a name and its versions; requests that run end on theirs.
@@ -194,7 +187,7 @@ class AdapterRegistry:
         """
         with self._changing:
             published = self.find(name)
-            self._check(name, published, None, expected)
+            check_expected(name, published, None, expected)
             self._store.remove(name)
             self._drop(published)
 
@@ -235,7 +228,7 @@ class AdapterRegistry:
         """
         with self._changing:
             published = self.find(name)
-            self._check(name, published, None, expected)
+            check_expected(name, published, None, expected)
             digest = choose_version(self._store.versions(name), published.version.digest, version)
             # What cannot be read is not rolled back to.
             adapter = replace(self._store.read(digest), name=name.text)
@@ -270,37 +263,47 @@ class AdapterRegistry:
         shown = repr(names[0].name) if names else "of that name"
         raise ModelNotFoundError(f"there is no adapter {shown}", param="name")
 
-    def _check(
+    def _read(self, name: AdapterName, path: Path) -> Adapter:
+        try:
+            adapter = read_adapter(path, self._layout, name=name.text)
+            self._pool.check(adapter)
+        except AdapterInvalidError as error:
+            previous = self._published.get(name)
+            if previous is None:
+                raise
+            raise AdapterInvalidError(
+                f"{error.message}\nVersion {previous.version.digest[:12]} of {name.text!r} is "
+                "still being served.",
+                param=error.param,
+            ) from None
+        return adapter
+
+    def _put(
         self,
         name: AdapterName,
-        published: Published | None,
-        must_be_new: bool | None,
-        expected: str | None,
+        adapter: Adapter,
+        summary: AdapterSummary,
+        previous: Published | None,
         fingerprint: str | None = None,
-    ) -> None:
-        if fingerprint is not None and published is not None and not published.is_from_folder:
-            raise AdapterExistsError(
-                f"an adapter {name.name!r} was uploaded already; delete that one, or rename the "
-                "folder"
+    ) -> Published:
+        """Store what was checked, and let the name stand for it."""
+        version = _version(name, adapter.digest)
+        is_pinned = previous is not None and previous.is_pinned
+        pinned_bytes = self._bytes_to_pin(name, adapter) if is_pinned else 0
+        try:
+            created_at = self._store.publish(
+                name, adapter, summary, keep_versions=self._keep_versions, fingerprint=fingerprint
             )
-        if must_be_new and published is not None:
-            raise AdapterExistsError(
-                f"there is an adapter {name.name!r} already; publish a new version of it with "
-                f"PUT /v1/adapters/{name.name}, or choose another name",
-                param="name",
-            )
-        if must_be_new is False and published is None:
-            raise ModelNotFoundError(
-                f"there is no adapter {name.name!r}; create it with POST /v1/adapters",
-                param="name",
-            )
-        present = None if published is None else published.version.digest
-        if expected is not None and expected != present:
-            now = "there is none" if present is None else f"it is at {present}"
-            raise VersionMismatchError(
-                f"adapter {name.name!r} is not at version {expected[:64]}: {now}; look at what was "
-                "published meanwhile, then send the present version in If-Match"
-            )
+        except StorageError:
+            self._has_changed.set()  # it may have moved files in before the registry refused
+            raise
+        self._cache.admit(version, adapter)
+        is_from_folder = fingerprint is not None
+        if previous is not None:
+            is_from_folder = previous.is_from_folder
+        published = Published(name, version, summary, is_pinned, is_from_folder, created_at)
+        self._switch(previous, published, pinned_bytes)
+        return published
 
     def _switch(self, previous: Published | None, new: Published, pinned_bytes: int) -> None:
         """Let requests find the new version, and let go of the previous one."""

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion
-from sharelora_serve.adapters.pool import PoolStats, Resident
+from sharelora_serve.adapters.pool import FactorKey, PoolStats, Resident
 
 # A load that failed is tried again after this many seconds, then after twice as many, and so on.
 _FIRST_RETRY_SECONDS = 0.5
@@ -71,6 +71,7 @@ class Entry:
     is_prefetched: bool = False  # loaded ahead of its request: no other prefetch evicts it
     is_loading: bool = False
     refused_at: int | None = None  # the cache's epoch when the pool had no room for it
+    factors: tuple[FactorKey, ...] | None = None  # for which it had none, while one waits for it
     failure: str | None = None  # of the last load
     num_failures: int = 0  # in a row
     retry_at: float = 0.0  # time.monotonic(); until then the failure stands
@@ -86,6 +87,11 @@ class Entry:
     def is_held(self) -> bool:
         """Whether it must stay on the device if it is there."""
         return self.num_uses > 0 or self.is_wanted or self.num_pins > 0
+
+    @property
+    def is_awaited(self) -> bool:
+        """Whether it is loaded again as soon as there is room."""
+        return self.is_held or self.is_prefetched
 
     @property
     def is_needed(self) -> bool:

@@ -23,7 +23,7 @@ from threading import Lock
 from filelock import FileLock, Timeout
 
 from sharelora_serve.adapters.adapter import Adapter
-from sharelora_serve.adapters.database import SCHEMA, connect, registry_in
+from sharelora_serve.adapters.database import SCHEMA, VERSION, connect, migrate, registry_in
 from sharelora_serve.adapters.factor_files import FactorFiles, Manifest, not_written
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import AdapterName
@@ -67,6 +67,7 @@ class AdapterStore:
         self._layout = layout
         # A connection each, so that a load never waits for another's commit to be synced.
         self._lock, self._reading_lock = Lock(), Lock()
+        self._is_closed = False  # written while both are held
         # Not of this thread alone: the one that closes the store may be another.
         self._owner = FileLock(folder / "lock", timeout=0, thread_local=False)
         try:
@@ -97,6 +98,7 @@ class AdapterStore:
     def close(self) -> None:
         """Let another server open the store."""
         with self._lock, self._reading_lock:
+            self._is_closed = True
             self._reader.close()
             self._database.close()
         self._owner.release()
@@ -147,16 +149,7 @@ class AdapterStore:
         """
         with self._files.incoming(adapter) as incoming, self._writing() as database:
             now = time.time()
-            manifest = incoming.move_in()
-            database.execute(
-                "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE "
-                "SET manifest = excluded.manifest, summary = excluded.summary",  # mends damage
-                (adapter.digest, manifest.to_json(), summary.to_json()),
-            )
-            database.executemany(
-                "INSERT OR IGNORE INTO content_files VALUES (?, ?)",
-                [(adapter.digest, file) for file in manifest.files],
-            )
+            _put_content(database, adapter.digest, incoming.move_in(), summary)
             identity, created_at = database.execute(
                 "INSERT INTO adapters (owner, name, current, is_from_folder, created_at) "
                 "VALUES (?, ?, ?, ?, ?) "
@@ -175,7 +168,8 @@ class AdapterStore:
             )
             if fingerprint is not None:
                 database.execute(
-                    "INSERT OR REPLACE INTO folders VALUES (?, ?)", (name.name, fingerprint)
+                    "INSERT OR REPLACE INTO folders VALUES (?, ?, ?)",
+                    (name.name, fingerprint, adapter.digest),
                 )
         return float(created_at)
 
@@ -209,6 +203,26 @@ class AdapterStore:
         with self._reading() as database:
             return dict(database.execute("SELECT name, fingerprint FROM folders").fetchall())
 
+    def renew_folder(
+        self, name: str, adapter: Adapter, summary: AdapterSummary, fingerprint: str
+    ) -> bool:
+        """Note a watched folder's fingerprint if it holds what was last published from it.
+
+        No name is moved, but damaged files of that version are mended, as `publish` does; those of
+        one that no name has are there until `collect`. False, and nothing done, if it holds
+        something else.
+        """
+        with self._reading() as database:
+            row = database.execute("SELECT digest FROM folders WHERE name = ?", (name,)).fetchone()
+        if row is None or row[0] != adapter.digest:
+            return False
+        with self._files.incoming(adapter) as incoming, self._writing() as database:
+            _put_content(database, adapter.digest, incoming.move_in(), summary)
+            database.execute(
+                "UPDATE folders SET fingerprint = ? WHERE name = ?", (fingerprint, name)
+            )
+        return True
+
     def forget_folder(self, name: str) -> None:
         """The watched folder of that name is gone, and so is the adapter that it made."""
         with self._writing() as database:
@@ -238,7 +252,7 @@ class AdapterStore:
         with self._writing() as database:
             # A write even if nothing is to go: a commit that failed when it was synced is still in
             # the log. Unless it is overwritten, a kill brings it back, then without its files.
-            database.execute("PRAGMA user_version = 1")
+            database.execute(f"PRAGMA user_version = {VERSION}")
             unnamed = database.execute(
                 "SELECT digest FROM contents WHERE digest NOT IN (SELECT digest FROM versions)"
             ).fetchall()
@@ -250,7 +264,7 @@ class AdapterStore:
         return *self._files.delete_all_but(files), len(unnamed) - len(gone)
 
     def _prepare(self) -> None:
-        """Make the tables, or check that they are of this version and of this base."""
+        """Make the tables, or check that they are of this base and bring them to this version."""
         database, layout = self._database, _layout_text(self._layout)
         database.execute("BEGIN IMMEDIATE")  # refused if the registry may only be read
         found = database.execute("PRAGMA user_version").fetchone()[0]
@@ -258,7 +272,9 @@ class AdapterStore:
             for statement in SCHEMA.split(";\n"):
                 database.execute(statement)
             database.execute("INSERT INTO base VALUES (?, ?)", (self._layout.name, layout))
-        elif found != 1:
+        elif found == 1:
+            migrate(database)
+        elif found != VERSION:
             raise ConfigurationError(
                 f"store = {str(self._folder)!r}: was written by a newer version of this server; "
                 "run that one, or give another folder"
@@ -274,6 +290,7 @@ class AdapterStore:
     @contextmanager
     def _reading(self) -> Iterator[sqlite3.Connection]:
         with self._reading_lock:
+            self._check_open()
             try:
                 yield self._reader
             except sqlite3.Error as error:
@@ -283,6 +300,7 @@ class AdapterStore:
     def _writing(self) -> Iterator[sqlite3.Connection]:
         """A transaction that is on disk when the block is left, or undone if it raises."""
         with self._lock:
+            self._check_open()
             try:
                 self._database.execute("BEGIN IMMEDIATE")
                 # SQLite would go on writing to a file that was deleted.
@@ -297,9 +315,28 @@ class AdapterStore:
                     raise not_written(error) from None
                 raise
 
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StorageError("the store is closed, since the server is stopping; ask again later")
+
 
 def _key(name: AdapterName) -> tuple[str, str]:
     return name.owner or "", name.name
+
+
+def _put_content(
+    database: sqlite3.Connection, digest: str, manifest: Manifest, summary: AdapterSummary
+) -> None:
+    """Write down where a version's factors are, over what is there: that mends damage."""
+    database.execute(
+        "INSERT INTO contents VALUES (?, ?, ?) ON CONFLICT DO UPDATE "
+        "SET manifest = excluded.manifest, summary = excluded.summary",
+        (digest, manifest.to_json(), summary.to_json()),
+    )
+    database.executemany(
+        "INSERT OR IGNORE INTO content_files VALUES (?, ?)",
+        [(digest, file) for file in manifest.files],
+    )
 
 
 def _layout_text(layout: BaseLayout) -> str:

@@ -14,6 +14,7 @@ from rich.progress import MofNCompleteColumn, TimeRemainingColumn
 from sharelora_serve.cli.connection import DEFAULT_URL, ApiKey, Url, connect, parse_answer
 from sharelora_serve.cli.failure import one_message
 from sharelora_serve.cli.output import progress_bar, show
+from sharelora_serve.config import EMBEDDED_MODEL_NAME
 from sharelora_serve.errors import ConfigurationError
 
 if TYPE_CHECKING:  # slow imports, which --help need not wait for
@@ -75,12 +76,16 @@ def evaluate(
             ) from error
         chosen = TASKS[task]
         questions = spread(chosen.read(data), limit)
+        if not questions:
+            raise ConfigurationError(f"{data} has no questions; give a file with at least one")
         worked = read_worked_answers(data, base) if task is TaskName.GSM8K else []
         worked = spread(worked, limit)
         with (
             connect(url, api_key) as client,
             progress_bar(MofNCompleteColumn(), TimeRemainingColumn()) as progress,
         ):
+            if worked and base is None:
+                _check_base(client, model)
             bar = progress.add_task(f"Asking {model}", total=len(questions) + len(worked))
 
             def ask(question: "Question") -> str:
@@ -101,6 +106,18 @@ def evaluate(
         if out is not None:
             write_report(out, task.value, model, questions, answers, scores)
         show(as_markdown(task.value, model, len(questions), scores))
+
+
+def _check_base(client: httpx.Client, model: str) -> None:
+    """Raise ConfigurationError if a model is known to be of another base than the embedded one."""
+    listed = {each["id"]: each for each in parse_answer(client.get("/v1/models"))["data"]}
+    if model in listed:
+        served = listed[model].get("parent") or model
+        if served != EMBEDDED_MODEL_NAME:
+            raise ConfigurationError(
+                f"{model} is served over {served}, whose tokens the loss is of; give --base with "
+                "its folder"
+            )
 
 
 def _in_parallel(

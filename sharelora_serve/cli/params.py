@@ -19,8 +19,8 @@ def params(
         str | None,
         typer.Argument(
             help="Hugging Face folder or hub id, of which only config.json is read, such as "
-            "./llama or openai-community/gpt2; without it the embedded base. Any model that "
-            "transformers knows, those that this server cannot serve too.",
+            "./llama or openai-community/gpt2; without it the embedded base. Any encoder or "
+            "decoder that transformers knows, those that this server cannot serve too.",
         ),
     ] = None,
     modules: Annotated[

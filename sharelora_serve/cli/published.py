@@ -255,7 +255,7 @@ def _table(listed: list[dict[str, Any]]) -> Table:
 def _details(adapter: dict[str, Any]) -> str:
     versions = [
         f"{version['version']}{'  current' * version['is_current']}"
-        for version in adapter["versions"]
+        for version in adapter["versions"] or ()  # null if the disk failed after a change
     ]
     return named_values(
         ("adapter", adapter["name"]),

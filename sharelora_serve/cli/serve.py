@@ -86,6 +86,7 @@ def _run(config: ServeConfig, console: Console) -> None:
         ),
         loaded.engine,
         application.state.drain,
+        application.state.stop_changes,
         lambda: _announce(config, listener, console),
     )
     if config.api_keys is None:
@@ -131,11 +132,13 @@ class _Server(uvicorn.Server):
         config: uvicorn.Config,
         engine: "Engine",
         drain: "Drain",
+        stop_changes: Callable[[], None],
         announce: Callable[[], None],
     ) -> None:
         super().__init__(config)
         self._engine = engine
         self._drain = drain
+        self._stop_changes = stop_changes
         self._announce = announce
         self._signalled_at: float | None = None  # time.monotonic()
 
@@ -160,7 +163,9 @@ class _Server(uvicorn.Server):
         return self._drain.is_over
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        # Whatever has not ended by now fails with the engine, so that its client is told.
+        # Whatever has not ended by now fails with the engine, so that its client is told. A change
+        # of adapters that has begun is waited for.
+        self._stop_changes()
         await asyncio.to_thread(self._engine.stop)
         cut = asyncio.get_running_loop().call_later(LAST_SECONDS, self._cut_connections)
         await super().shutdown(sockets)

@@ -123,8 +123,9 @@ def train(
         float, typer.Option(min=0, max=0.99, help="Share of a factor's inputs left out.")
     ] = 0.0,
     learning_rate: Annotated[
-        float, typer.Option(min=1e-9, help="Of AdamW, at its highest.")
-    ] = 3e-3,
+        float | None,
+        typer.Option(min=1e-9, help="Of AdamW, at its highest; without it what suits the form."),
+    ] = None,
     schedule: Annotated[
         Schedule, typer.Option(help="How the rate falls after the warm-up.")
     ] = Schedule.LINEAR,
@@ -188,7 +189,7 @@ def train(
     import torch  # slow to import, which --help need not wait for
 
     from sharelora_serve.training.data import make_template
-    from sharelora_serve.training.settings import TrainSettings
+    from sharelora_serve.training.settings import TrainSettings, default_learning_rate
 
     with one_message():
         if output.exists():
@@ -205,7 +206,8 @@ def train(
         settings = TrainSettings(
             modules=chosen, method=method, freeze_a_from=_seed_or_path(freeze_a_from), rank=rank,
             alpha=2.0 * rank if alpha is None else alpha, rslora=rslora, dropout=dropout,
-            learning_rate=learning_rate, schedule=schedule.value, warm_up=warm_up,
+            learning_rate=learning_rate or default_learning_rate(method),
+            schedule=schedule.value, warm_up=warm_up,
             num_steps=steps, num_epochs=epochs, batch_size=batch_size, seed=seed,
             max_length=max_length,
         )  # fmt: skip

@@ -270,6 +270,8 @@ class Engine:
                 if item.request.request_id in self._requests:
                     self._scheduler.finish(item.request)
                     self._deliver(item.request, [], error=error)
+            with torch.inference_mode():
+                self._runner.check()  # if that fails too, so would every step: the engine ends
         self._num_steps += 1
         return True
 

@@ -24,6 +24,11 @@ OUTPUT_WEIGHT = 2
 # so of theirs.
 MAX_OVERTAKEN = 16
 
+# Tokens of a prompt that put off its turn only together, when all are computed: so clients that
+# were served alike have their prompts computed one after another and not all at once, which would
+# be late for all of them, and one with a long prompt keeps others waiting for no more than this.
+PROMPT_PIECE = 256
+
 # A counter fades to half while so many weighted tokens are computed, for whomever: a few times
 # what a full batch of short requests comes to.
 _HALF_LIFE = 16384
@@ -39,11 +44,18 @@ class Entry:
     order: int  # of arrival
     num_overtaken: int = 0  # requests admitted past it for lack of room for its adapter
     num_charged: int = 0  # prompt tokens that its client has been charged for
+    num_counted: int = 0  # of them, those that put off its own turn
 
     @property
     def must_be_next(self) -> bool:
         """Whether nobody whose turn comes after may be admitted before it any more."""
         return self.num_overtaken >= MAX_OVERTAKEN
+
+    def count_pieces(self) -> None:
+        """After a step: let what was charged count, if it is a piece or the prompt's end."""
+        is_whole = self.num_charged == len(self.request.prompt_ids)
+        if is_whole or self.num_charged - self.num_counted >= PROMPT_PIECE:
+            self.num_counted = self.num_charged
 
     @property
     def is_running(self) -> bool:
@@ -110,28 +122,29 @@ class FairQueue:
 
     def rank(self, entry: Entry) -> tuple[float, int]:
         """Sorts requests by whose turn it is, the first one first."""
-        return self.served(entry.request.client), entry.order
+        in_piece = PROMPT_WEIGHT * (entry.num_charged - entry.num_counted) * self._scale
+        # 0 if what was charged has faded since.
+        return max(0.0, self.served(entry.request.client) - in_piece), entry.order
 
-    def in_order(self, started: Iterable[Entry] = ()) -> Iterator[Entry]:
+    def in_order(self, most_waiting: int, started: Iterable[Entry] = ()) -> Iterator[Entry]:
         """Everyone whose prompt is to be computed, the one whose turn it is first.
 
-        That is the head of the line of the client which has been served least by then, so `charge`
-        has its effect on what follows. Who was handed out and still waits counts as served: so no
-        line keeps the others from being looked at. `started` are prompts of running requests,
-        which stand ahead of their clients' lines. Entries may be removed and put back meanwhile.
+        That is the head of a client's line with the least `rank` by then, so `charge` has its
+        effect on what follows. Who was handed out and still waits counts as served: so no line
+        keeps the others from being looked at. `started` are prompts of running requests, which
+        stand ahead of their clients' lines; they all come, but of those that wait at most
+        `most_waiting`. Entries may be removed and put back meanwhile.
         """
         lines: dict[str, deque[Entry]] = {}  # what is left of those that somebody came from
         passed: dict[str, float] = {}
         for entry in sorted(started, key=_order):
             client = entry.request.client
             lines.setdefault(client, deque()).append(entry)
-        heads = [
-            (self.served(client), line[0].order, client)
-            for client, line in (self._lines | lines).items()
-        ]
+        heads = [(*self.rank(line[0]), client) for client, line in (self._lines | lines).items()]
         for client, line in lines.items():
             line.extend(self._lines.get(client, ()))
         heapify(heads)
+        have_started, num_waiting = set(lines), 0
         while heads:
             _, _, client = heappop(heads)
             if client not in lines:
@@ -140,13 +153,19 @@ class FairQueue:
             if not line:
                 continue
             entry = line.popleft()
+            if not entry.is_running:
+                if num_waiting == most_waiting:
+                    heads = [head for head in heads if head[2] in have_started]
+                    heapify(heads)
+                    continue
+                num_waiting += 1
             yield entry
             if not entry.is_running:
                 waiting = PROMPT_WEIGHT * entry.request.num_uncomputed * self._scale
                 passed[client] = passed.get(client, 0.0) + waiting
             if line:
-                key = self.served(client) + passed.get(client, 0.0)
-                heappush(heads, (key, line[0].order, client))
+                key, order = self.rank(line[0])
+                heappush(heads, (key + passed.get(client, 0.0), order, client))
 
 
 def _order(entry: Entry) -> int:

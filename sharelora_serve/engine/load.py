@@ -19,6 +19,7 @@ from sharelora_serve.adapters.cache import AdapterCache
 from sharelora_serve.adapters.folder import AdapterFolder
 from sharelora_serve.adapters.layout import MODULES, BaseLayout
 from sharelora_serve.adapters.naming import AdapterName
+from sharelora_serve.adapters.pages import PAGE_RANK
 from sharelora_serve.adapters.pool import MatrixPool
 from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.adapters.residency import Waiting
@@ -42,6 +43,7 @@ from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.sampler import Sampler
 from sharelora_serve.engine.scheduler import Scheduler
 from sharelora_serve.errors import ConfigurationError, ModelNotFoundError, UnsupportedModelError
+from sharelora_serve.kernels.batch import PAGE_RANK as KERNELS_PAGE_RANK
 from sharelora_serve.kernels.cpu import CpuKernels
 from sharelora_serve.kernels.interface import Kernels
 from sharelora_serve.models.config import ModelConfig, load_model_config
@@ -97,6 +99,7 @@ def load_engine(
     torch.set_num_threads(1 if isinstance(kernels, CpuKernels) else config.num_threads)
     layout = model.layout(config.base_name)
     wake = threading.Event()
+    assert PAGE_RANK == KERNELS_PAGE_RANK, "the pool's pages are not those that the kernels read"
     pool = MatrixPool(config.adapter_memory, layout.feature_counts, dtype, device)
     store = AdapterStore(config.store_folder, layout)
     adapters = AdapterCache(

@@ -12,7 +12,7 @@ from torch import Tensor
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
 from sharelora_serve.engine.batch import ScheduledRequest
 from sharelora_serve.engine.merge import subtract_pages
-from sharelora_serve.engine.request import Request
+from sharelora_serve.engine.request import Request, SamplingParams
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
 from sharelora_serve.models.decoder import Decoder
 from sharelora_serve.models.loader import ModelWeights
@@ -107,6 +107,23 @@ class Runner:
             torch.tensor(logit_rows, dtype=torch.int64, device=self._device),
         )
         return logits, slices
+
+    def check(self) -> None:
+        """Compute a token of the base, in the block that nobody reads.
+
+        Raises what the device does if it is at fault itself, and not a batch.
+        """
+        probe = Request(
+            request_id="",
+            adapter=None,
+            prompt_ids=[0],
+            sampling=SamplingParams(max_tokens=1),
+            arrived_at=0.0,
+            deliver=lambda _: None,
+            block_table=[0],
+        )
+        logits, _ = self.run([ScheduledRequest(probe, 1)])
+        logits.cpu()  # waits for the device
 
     def _from_numpy(self, array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(array).to(self._device)

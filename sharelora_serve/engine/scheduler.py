@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import Protocol
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
@@ -109,11 +108,6 @@ class Scheduler:
         """Requests that hold KV blocks and their adapter's pages."""
         return len(self._running)
 
-    @property
-    def has_work(self) -> bool:
-        """Whether any request is waiting or running."""
-        return bool(self._entries)
-
     def add(self, request: Request) -> None:
         """Queue a request. It must fit kv_cache.max_tokens, prompt and answer together."""
         assert request.request_id not in self._entries, f"{request.request_id} is here already"
@@ -122,12 +116,11 @@ class Scheduler:
         self._entries[request.request_id] = entry
         self._waiting.append(entry)
 
-    def abort(self, request_id: str) -> Request | None:
-        """Drop a waiting or running request with all it holds; None when it is not here."""
+    def abort(self, request_id: str) -> None:
+        """Drop a waiting or running request with all it holds; one that is not here is fine."""
         entry = self._entries.get(request_id)
         if entry is not None:
             self._remove(entry)
-        return entry.request if entry is not None else None
 
     def finish(self, request: Request) -> None:
         """Give back the blocks and the adapter of a request that has ended."""
@@ -178,6 +171,7 @@ class Scheduler:
             if request.block_table:
                 if scheduled.needs_logits:
                     self._waiting.charge(request.client, OUTPUT_WEIGHT)
+                self._entries[request.request_id].count_pieces()
                 request.num_computed += scheduled.num_tokens
                 self._kv_cache.commit(request)
 
@@ -213,7 +207,7 @@ class Scheduler:
         admission = _Admission(batch, is_open=may_admit)
         started = [entry for entry in self._running if entry.request.num_uncomputed > 1]
         first: ScheduledRequest | None = None
-        for entry in islice(self._waiting.in_order(started), LOOK_AHEAD + len(started)):
+        for entry in self._waiting.in_order(LOOK_AHEAD, started):
             if num_left == 0:
                 break
             if not entry.is_running and not self._admit(entry, admission):
@@ -277,16 +271,15 @@ class Scheduler:
         least = num_running[request.client] + 2  # one fewer must not be less than one more
         for entry in sorted(self._running, key=self._waiting.rank, reverse=True):
             client = entry.request.client
-            if num_running[client] >= least and self._had_far_more(entry.request, request):
+            if num_running[client] >= least and self._had_far_more(entry, request):
                 last.append(entry)
                 num_running[client] -= 1
                 if self._has_room(request, last):
                     return last
         return []
 
-    def _had_far_more(self, request: Request, other: Request) -> bool:
-        served = self._waiting.served
-        return served(request.client) > _FAR_MORE * served(other.client)
+    def _had_far_more(self, entry: Entry, other: Request) -> bool:
+        return self._waiting.rank(entry)[0] > _FAR_MORE * self._waiting.served(other.client)
 
     def _take_adapter(self, entry: Entry, admission: _Admission) -> bool:
         """Give a waiting request its adapter's pages, if they are there."""
@@ -326,7 +319,7 @@ class Scheduler:
             for item in batch.scheduled
             if item.request.num_uncomputed == 1
             and self._paused.get(item.request, 0) < MAX_PAUSES
-            and self._had_far_more(item.request, request)
+            and self._had_far_more(self._entries[item.request.request_id], request)
         }
         num_missing = num_tokens - first.num_tokens
         is_there = first in batch.scheduled  # and was not preempted after it
@@ -355,7 +348,7 @@ class Scheduler:
         """
         seen: set[str] = set()
         num_prefetched = 0
-        for entry in islice(self._waiting.in_order(), LOOK_AHEAD):
+        for entry in self._waiting.in_order(LOOK_AHEAD):
             version = entry.request.adapter
             if version is not None and version.key not in seen:
                 seen.add(version.key)
@@ -364,9 +357,9 @@ class Scheduler:
                     self._asked[version.key] = version
                     self._adapters.prefetch(version)
             if entry.must_be_next:
-                for key in self._asked.keys() - seen:
-                    self._adapters.cancel(self._asked.pop(key))
                 break
+        for key in self._asked.keys() - seen:  # else what they keep may be what others wait for
+            self._adapters.cancel(self._asked.pop(key))
 
     def _remove(self, entry: Entry) -> None:
         """Forget a request and give back all it holds."""

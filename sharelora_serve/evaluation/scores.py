@@ -42,7 +42,7 @@ def text_scores(answers: Sequence[str], references: Sequence[Sequence[str]]) -> 
     """BLEU, NIST, chrF, ROUGE-L and CIDEr of texts that each have several references.
 
     BLEU is that of the E2E challenge's own script: lower case, tokens as mteval-v13a has them.
-    METEOR needs WordNet, which is no part of any package; chrF stands in its place.
+    METEOR's script needs Java; chrF stands in its place.
     """
     most = max(map(len, references))
     # sacrebleu takes one list for every first reference, one for every second, ...

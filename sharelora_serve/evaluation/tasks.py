@@ -18,6 +18,10 @@ from sharelora_serve.training.data import Row, Template, read_rows
 
 _FINAL_ANSWER = re.compile(r"#### (-?[\d,]+(?:\.\d+)?)\s*$")
 
+_E2E = Template("Describe the restaurant: {mr}", "{ref}")
+_BANKING77 = Template("Intent of this bank customer's message: {text}", "{category}")
+_GSM8K = Template("{question}", "{answer}")
+
 Item = TypeVar("Item")
 
 
@@ -33,11 +37,13 @@ class Question:
 class Task:
     """A data set.
 
+    template    what is asked of a row, and what is the right answer
     max_tokens  of an answer; all right ones but two of GSM8K's have fewer
     read        questions from its test file, as its authors publish it
     score       answers, in the order of the questions
     """
 
+    template: Template
     max_tokens: int
     read: Callable[[Path], list[Question]]
     score: Callable[[Sequence[Question], Sequence[str]], Scores]
@@ -51,7 +57,7 @@ def spread(items: list[Item], limit: int | None) -> list[Item]:
 
 def _rows(path: Path, columns: tuple[str, str]) -> list[tuple[str, str]]:
     try:
-        with path.open(newline="", encoding="utf-8") as file:
+        with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             if not set(columns) <= set(reader.fieldnames or []):
                 raise ConfigurationError(
@@ -75,14 +81,13 @@ def _read_e2e(path: Path) -> list[Question]:
     for record, text in _rows(path, ("mr", "ref")):
         references.setdefault(record, []).append(text)
     return [
-        Question(f"Describe the restaurant: {record}", tuple(texts))
-        for record, texts in references.items()
+        Question(_E2E.user.format(mr=record), tuple(texts)) for record, texts in references.items()
     ]
 
 
 def _read_banking77(path: Path) -> list[Question]:
     return [
-        Question(f"Intent of this bank customer's message: {text}", (label,))
+        Question(_BANKING77.user.format(text=text), (label,))
         for text, label in _rows(path, ("text", "category"))
     ]
 
@@ -90,7 +95,7 @@ def _read_banking77(path: Path) -> list[Question]:
 def _read_gsm8k(path: Path) -> list[Question]:
     questions = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").rstrip().split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(f"{path} cannot be read: {error}") from error
     for number, line in enumerate(lines, start=1):
@@ -109,7 +114,7 @@ def _read_gsm8k(path: Path) -> list[Question]:
 def read_worked_answers(path: Path, base: str | None) -> list[Row]:
     """GSM8K's questions with their worked answers, in the tokens of a base."""
     tokenizer = AutoTokenizer.from_pretrained(base_folder(base))
-    return read_rows(path, tokenizer, sys.maxsize, Template("{question}", "{answer}"))
+    return read_rows(path, tokenizer, sys.maxsize, _GSM8K)
 
 
 def _score_texts(questions: Sequence[Question], answers: Sequence[str]) -> Scores:
@@ -139,7 +144,7 @@ def _score_worked(questions: Sequence[Question], answers: Sequence[str]) -> Scor
 
 
 TASKS = {
-    "e2e": Task(max_tokens=100, read=_read_e2e, score=_score_texts),
-    "banking77": Task(max_tokens=20, read=_read_banking77, score=_score_labels),
-    "gsm8k": Task(max_tokens=400, read=_read_gsm8k, score=_score_worked),
+    "e2e": Task(_E2E, max_tokens=100, read=_read_e2e, score=_score_texts),
+    "banking77": Task(_BANKING77, max_tokens=20, read=_read_banking77, score=_score_labels),
+    "gsm8k": Task(_GSM8K, max_tokens=400, read=_read_gsm8k, score=_score_worked),
 }

@@ -21,6 +21,7 @@ from sharelora_serve.errors import (
     AdapterExistsError,
     InvalidRequestError,
     ModelNotFoundError,
+    StorageError,
 )
 from sharelora_serve.priority import lower_priority
 from sharelora_serve.server.ascii_json import AsciiJSONResponse
@@ -38,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 _Result = TypeVar("_Result")
 
-# Publications that are checked and stored at the same time, changes of names likewise, and how much
-# of the processor publications leave to the requests that run.
+# Publications that are checked and stored at the same time, changes of names and reads likewise;
+# and how much of the processor publications leave to the requests that run.
 _NUM_WORKERS = 2
 _NICENESS = 5
 
@@ -86,6 +87,7 @@ class AdapterRoutes:
             _NUM_WORKERS, "publisher", initializer=lower_priority, initargs=(_NICENESS,)
         )
         self._changers = ThreadPoolExecutor(_NUM_WORKERS, "changer")
+        self._readers = ThreadPoolExecutor(_NUM_WORKERS, "reader")
         self.router = router = APIRouter(prefix="/v1")
         if_match: dict[str, Any] = {"parameters": [IF_MATCH]}
         rollback = takes_json(RollbackFields, is_required=False)
@@ -104,6 +106,11 @@ class AdapterRoutes:
             router.add_api_route(
                 path, answer, methods=[method], response_model=None, openapi_extra=takes
             )
+
+    def stop(self) -> None:
+        """Begin no change any more: those that wait are refused, those that have begun may end."""
+        for workers in (self._publishers, self._changers):
+            workers.shutdown(wait=False, cancel_futures=True)
 
     async def list_adapters(
         self,
@@ -127,7 +134,7 @@ class AdapterRoutes:
     async def show(self, request: Request, name: str) -> Response:
         """One adapter with its versions."""
         published = self._find(request, name)
-        return await self._answer(request, published)
+        return await self._answer(request, published, is_changed=False)
 
     async def create(self, request: Request) -> Response:
         """Publish a new adapter."""
@@ -253,7 +260,12 @@ class AdapterRoutes:
         """
         drain: Drain = request.app.state.drain
         drain.check()
-        result = await asyncio.get_running_loop().run_in_executor(workers or self._changers, change)
+        loop = asyncio.get_running_loop()
+        try:
+            result = await loop.run_in_executor(workers or self._changers, change)
+        except asyncio.CancelledError:
+            drain.check()  # it had not begun when `stop` was called
+            raise
         fields = {"model": name.text}
         if isinstance(result, Published):
             fields["version"] = result.version.digest
@@ -290,13 +302,34 @@ class AdapterRoutes:
         return path
 
     async def _answer(
-        self, request: Request, published: Published, *, status: int = 200
+        self,
+        request: Request,
+        published: Published,
+        *,
+        status: int = 200,
+        is_changed: bool = True,
     ) -> Response:
         """An adapter with its versions, and the version as its entity tag."""
-        registry = _registry(request)
-        versions = await asyncio.to_thread(registry.versions, published.name)
         content = self._describe(request, published)
-        content["versions"] = [
+        try:
+            content["versions"] = await self._versions(request, published)
+        except StorageError as error:
+            if not is_changed:
+                raise
+            # An error would say that nothing was changed.
+            logger.warning("the versions of %s are not told: %s", published.name.text, error)
+            content["versions"] = None
+        headers = {"etag": f'"{published.version.digest}"'}
+        if status == 201:
+            headers["location"] = f"/v1/adapters/{content['name']}"
+        request.state.adapter_version = published.version.digest
+        return AsciiJSONResponse(content, status_code=status, headers=headers)
+
+    async def _versions(self, request: Request, published: Published) -> list[dict[str, Any]]:
+        versions = await asyncio.get_running_loop().run_in_executor(
+            self._readers, _registry(request).versions, published.name
+        )
+        return [
             {
                 "version": version.digest,
                 "published_at": int(version.published_at),
@@ -304,11 +337,6 @@ class AdapterRoutes:
             }
             for version in versions
         ]
-        headers = {"etag": f'"{published.version.digest}"'}
-        if status == 201:
-            headers["location"] = f"/v1/adapters/{content['name']}"
-        request.state.adapter_version = published.version.digest
-        return AsciiJSONResponse(content, status_code=status, headers=headers)
 
     def _describe(self, request: Request, published: Published) -> dict[str, Any]:
         caller, context = _caller(request), _context(request)

@@ -33,7 +33,8 @@ def create_app(loaded: Loaded, config: ServeConfig) -> FastAPI:
     """The HTTP application around an engine, which it starts and stops.
 
     Until the engine is warm the server does not accept connections; /ready tells when it stops.
-    Its `state.drain` is the Drain that whoever stops the server begins.
+    Its `state.drain` is the Drain that whoever stops the server begins, and `state.stop_changes`
+    is to be called when that is over.
     Raises ConfigurationError if the file of API keys cannot be used.
     """
 
@@ -69,7 +70,9 @@ def create_app(loaded: Loaded, config: ServeConfig) -> FastAPI:
     )
     app.state.drain = Drain(config.drain_seconds, config.drain_delay_seconds)
     app.include_router(OpenAIRoutes(config, int(time.time())).router)
-    app.include_router(AdapterRoutes(config).router)
+    adapter_routes = AdapterRoutes(config)
+    app.state.stop_changes = adapter_routes.stop
+    app.include_router(adapter_routes.router)
     app.include_router(operations_router)
     app.add_exception_handler(ServeError, answer_serve_error)
     app.add_exception_handler(HTTPException, answer_http_error)

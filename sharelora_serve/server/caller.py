@@ -10,15 +10,15 @@ from sharelora_serve.errors import PermissionDeniedError
 class Caller:
     """Whom a request comes from; in `request.state.caller` of every route that needs a key.
 
-    tenant    whose adapters are the caller's own; None for an admin
-    is_admin  whether everything is allowed
+    tenant  whose adapters are the caller's own; None for an admin
     """
 
     tenant: str | None
-    is_admin: bool
 
-    def __post_init__(self) -> None:
-        assert self.is_admin == (self.tenant is None), "a caller is an admin or one tenant"
+    @property
+    def is_admin(self) -> bool:
+        """Whether everything is allowed."""
+        return self.tenant is None
 
     def candidates(self, model: str) -> list[AdapterName]:
         """The adapters that `model` may mean to this caller, the preferred one first.
@@ -44,7 +44,7 @@ class Caller:
         return self.is_admin or adapter.owner in (None, self.tenant)
 
 
-ANONYMOUS_ADMIN = Caller(tenant=None, is_admin=True)
+ANONYMOUS_ADMIN = Caller(tenant=None)
 """Everybody, on a server without API keys."""
 
 

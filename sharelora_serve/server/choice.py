@@ -44,7 +44,10 @@ class Piece:
 
 
 class Choice:
-    """One generation as a client sees it. Everything here runs on the event loop."""
+    """One generation as a client sees it.
+
+    Everything here runs on the event loop, but for `take` once the choice has finished.
+    """
 
     def __init__(
         self,

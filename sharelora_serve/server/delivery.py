@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sharelora_serve.errors import ServeError
-from sharelora_serve.server.ascii_json import AsciiJSONResponse, dump
+from sharelora_serve.server.ascii_json import AsciiJSONResponse, dump, dump_large
 from sharelora_serve.server.errors import error_content
 from sharelora_serve.server.generation import Generation
 from sharelora_serve.server.shapes import Shape
@@ -51,13 +51,20 @@ class GenerationResponse(Response):
                 while not (generation.is_finished or generation.is_cancelled):
                     await generation.wait()
                 if not generation.is_cancelled:
-                    await AsciiJSONResponse(self._shape.answer(generation))(scope, receive, send)
+                    # The logprobs of a long answer take a while, in which other streams go on.
+                    body = await asyncio.to_thread(self._whole_answer)
+                    answer = Response(body, media_type=AsciiJSONResponse.media_type)
+                    await answer(scope, receive, send)
         except Exception as error:
             failure = error
             raise
         finally:
             watcher.cancel()
             generation.close(failure)
+
+    def _whole_answer(self) -> bytes:
+        """In a worker thread: whatever the engine still delivers, a finished choice takes none."""
+        return dump_large(self._shape.answer(self._generation))
 
     async def _watch(self, receive: Receive) -> None:
         """Cancel the generation when the client disconnects."""
@@ -74,6 +81,7 @@ class GenerationResponse(Response):
         events = _events(shape.first_chunks(generation.choices))
         running = list(generation.choices)
         try:
+            generation.check()  # a choice may have failed while the client took in the start
             while True:
                 # One write for all that is ready: under load that is several choices' chunks.
                 for choice in [choice for choice in running if choice.has_news]:

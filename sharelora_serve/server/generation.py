@@ -124,8 +124,11 @@ class Generation:
         """
         await self._news.wait()
         self._news.clear()
-        if self.is_cancelled:
-            return
+        if not self.is_cancelled:
+            self.check()
+
+    def check(self) -> None:
+        """Raise the error of the first choice that failed, if one has."""
         for choice in self.choices:
             if choice.finish_reason is FinishReason.ERROR:
                 assert choice.error is not None, "a failed request says why"

@@ -2,7 +2,6 @@
 
 import asyncio
 import hashlib
-import hmac
 import json
 import logging
 import os
@@ -15,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
-from itertools import compress, repeat
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Self
 
@@ -91,7 +89,8 @@ class KeyFile:
     """The keys of a running server, which follow their file. Used on the event loop alone.
 
     A file that is changed is read within CHECK_SECONDS. One that is broken or gone by then is
-    logged once, and the keys known before stay valid until it is whole again.
+    logged once, and the keys known before stay valid until it is whole again. One that cannot be
+    read is tried again at every look: its state need not change as the system recovers.
     """
 
     def __init__(self, path: Path) -> None:
@@ -100,6 +99,7 @@ class KeyFile:
         self._checked_at = time.monotonic()
         self._state = _file_state(path)
         self._callers = _read_callers(path)  # by the hashes of their keys
+        self._unreadable: str | None = None  # why, if the last try to read it failed
         self._following = asyncio.Lock()
 
     async def follow(self) -> None:
@@ -112,14 +112,20 @@ class KeyFile:
             # Taken before reading: of a change in between, the next look will tell.
             state = _file_state(self._path)
             if state == self._state:
+                self._unreadable = None
                 return
             try:
                 # Thousands of keys take a while, in which streams go on.
                 self._callers = await asyncio.to_thread(_read_callers, self._path)
             except ConfigurationError as error:
-                logger.error("the API keys known before stay valid: %s", error.message)
+                is_unreadable = isinstance(error.__cause__, OSError)
+                if not is_unreadable or error.message != self._unreadable:
+                    logger.error("the API keys known before stay valid: %s", error.message)
+                if is_unreadable:
+                    self._unreadable = error.message
+                    return
             # Only now: the client whose request this is may have left while it was read.
-            self._state = state
+            self._state, self._unreadable = state, None
 
     def authenticate(self, header: str | None) -> Caller:
         """Whom an `Authorization` header stands for; AuthenticationError if for nobody."""
@@ -129,16 +135,15 @@ class KeyFile:
                 "This server needs an API key: send it as 'Authorization: Bearer KEY'. Whoever "
                 "runs the server makes one with 'sharelora-serve keys create'."
             )
-        sent = _hash(matched[1])
-        # Always all of them: the time that it takes tells nothing about any.
-        is_sent = map(hmac.compare_digest, self._callers, repeat(sent))
-        callers = list(compress(self._callers.values(), is_sent))
-        if not callers:
+        # How long the look-up takes may depend on hashes that are alike, which nobody can bring
+        # about: a key has 256 random bits, and a guess whose hash begins as another's tells no key.
+        caller = self._callers.get(_hash(matched[1]))
+        if caller is None:
             raise AuthenticationError(
                 "Incorrect API key provided: it is unknown to this server, or has been revoked. "
                 "Ask whoever runs the server for a new one."
             )
-        return callers[0]
+        return caller
 
 
 def _read_callers(path: Path) -> dict[str, Caller]:
@@ -154,7 +159,7 @@ def _read_callers(path: Path) -> dict[str, Caller]:
         logger.info("%d API keys are valid, of %s", len(keys), path)
     else:
         logger.warning("%s holds no API keys: every request is refused", path)
-    return {key.sha256: Caller(key.tenant, is_admin=key.role == "admin") for key in keys}
+    return {key.sha256: Caller(key.tenant) for key in keys}
 
 
 def read_keys(path: Path) -> list[StoredKey]:

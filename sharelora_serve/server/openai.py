@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
+from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from sharelora_serve.adapters.adapter import AdapterVersion
@@ -105,6 +106,11 @@ class OpenAIRoutes:
             )
         except ServeError:
             context.metrics.requests.labels(outcome="refused").inc()
+            raise
+        except ClientDisconnect:
+            raise  # there was no request yet
+        except Exception:
+            context.metrics.requests.labels(outcome="error").inc()
             raise
         request.state.adapter_version = version_text(adapter)
         generation = Generation(

@@ -15,11 +15,9 @@ def visible(caller: Caller, registry: AdapterRegistry) -> dict[str, Published]:
 
     A tenant's own takes the place of a public one of the same name, as when it is asked for.
     """
-    return {
-        caller.shown(published.name): published
-        for published in registry.adapters()  # public ones first
-        if caller.may_see(published.name)
-    }
+    seen = [published for published in registry.adapters() if caller.may_see(published.name)]
+    seen.sort(key=lambda published: published.name.owner is not None)  # public ones first
+    return {caller.shown(published.name): published for published in seen}
 
 
 def creatable(caller: Caller, registry: AdapterRegistry, text: str) -> AdapterName:

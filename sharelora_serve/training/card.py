@@ -42,6 +42,7 @@ def write_card(
     count = num_trained(layout.num_layers, shapes, settings.rank, settings.method)
     plain = num_trained(layout.num_layers, shapes, settings.rank, Method(""))
     modules = ", ".join(module.rpartition(".")[2] for module in settings.modules)
+    num_seen = min(trained.num_steps * settings.batch_size, data.num_rows)
     last = trained.curve[-1]
     mean = sum(point.loss for point in trained.curve[-20:]) / len(trained.curve[-20:])
     rows = [
@@ -53,7 +54,7 @@ def write_card(
         ("Stored", format_bytes(stored_bytes)),
         ("Data", _data(data)),
         ("Licence of the data", data.licence or "not given"),
-        ("Rows", f"{data.num_rows:,} trained on, {data.num_held_out:,} held out"),
+        ("Rows", f"{num_seen:,} of {data.num_rows:,} trained on, {data.num_held_out:,} held out"),
         (
             "Training",
             f"{trained.num_steps:,} steps of {settings.batch_size} rows, "

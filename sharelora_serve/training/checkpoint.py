@@ -21,12 +21,11 @@ _MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's, of every trained factor
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """The losses at the end of a step; seconds since the run's first step, pauses left out."""
+    """The losses of a step, and after it."""
 
     step: int
     loss: float
     validation_loss: float | None
-    seconds: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,20 +35,25 @@ class Checkpoint:
     num_steps   steps that were taken
     num_tokens  tokens in them, padding left out
     seconds     that they took
-    run         what decides the run's weights; another run cannot go on from here
     """
 
     num_steps: int
     num_tokens: int
     seconds: float
     curve: list[CurvePoint]
-    run: dict[str, Any]
 
 
 def save_checkpoint(
-    folder: Path, checkpoint: Checkpoint, factors: Factors, optimizer: torch.optim.AdamW
+    folder: Path,
+    checkpoint: Checkpoint,
+    run: dict[str, Any],
+    factors: Factors,
+    optimizer: torch.optim.AdamW,
 ) -> None:
-    """Write the state into the folder, in place of the one before, whole or not at all."""
+    """Write the state into the folder, in place of the one before, whole or not at all.
+
+    `run` is what decides the run's weights; another run cannot go on from here.
+    """
     tensors: dict[str, Tensor] = {"random": torch.get_rng_state()}
     for name, factor in factors.trained.items():
         tensors[name] = factor.detach()
@@ -59,11 +63,8 @@ def save_checkpoint(
         "num_steps": checkpoint.num_steps,
         "num_tokens": checkpoint.num_tokens,
         "seconds": checkpoint.seconds,
-        "curve": [
-            [point.step, point.loss, point.validation_loss, point.seconds]
-            for point in checkpoint.curve
-        ],
-        "run": checkpoint.run,
+        "curve": [[point.step, point.loss, point.validation_loss] for point in checkpoint.curve],
+        "run": run,
     }
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{FILE}"
@@ -110,5 +111,4 @@ def load_checkpoint(
         about["num_tokens"],
         about["seconds"],
         [CurvePoint(*point) for point in about["curve"]],
-        about["run"],
     )

@@ -7,7 +7,9 @@ import string
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
+
+from jinja2 import TemplateError
 
 from sharelora_serve.errors import ConfigurationError
 
@@ -74,11 +76,11 @@ def read_rows(
             try:
                 if isinstance(fields, str):
                     raise ValueError(fields)
-                prompt, answer = _texts(fields, tokenizer, template)
-                rows.append(_encode(prompt, answer, tokenizer, max_length, line))
+                texts = _texts(fields, tokenizer, template)
+                rows.append(_encode(texts, tokenizer, max_length, line))
             except ValueError as error:
                 problems.append(f"  line {line}: {error}")
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, UnicodeDecodeError) as error:
         raise ConfigurationError(
             f"{path} cannot be read: {error}; expected JSONL or CSV in UTF-8"
         ) from error
@@ -102,13 +104,7 @@ def _fields(path: Path, template: Template | None) -> Iterator[tuple[int, Any]]:
                 'and --assistant, such as --user "Intent of: {text}" --assistant "{category}"'
             )
         with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file, strict=True)
-            before = 1
-            for fields in reader:
-                # DictReader's key for columns too many, and its value for those too few
-                is_whole = None not in fields and None not in fields.values()
-                yield before + 1, fields if is_whole else "has not as many columns as the header"
-                before = reader.line_num
+            yield from _fields_of_csv(file)
     elif path.suffix in (".jsonl", ".json"):
         with path.open(encoding="utf-8-sig") as file:
             for number, text in enumerate(file, start=1):
@@ -125,12 +121,43 @@ def _fields(path: Path, template: Template | None) -> Iterator[tuple[int, Any]]:
         raise ConfigurationError(f"{path}: expected a name that ends with .jsonl or .csv")
 
 
+def _fields_of_csv(file: TextIO) -> Iterator[tuple[int, Any]]:
+    reader = csv.reader(file, strict=True)
+    try:
+        header = next(reader, [])
+        before = reader.line_num
+        for values in reader:
+            if values:
+                is_whole = len(values) == len(header)
+                yield (
+                    before + 1,
+                    dict(zip(header, values, strict=True))
+                    if is_whole
+                    else "has not as many columns as the header",
+                )
+            before = reader.line_num
+    except csv.Error as error:
+        yield reader.line_num, f"is not CSV ({error})"
+
+
+@dataclass(frozen=True, slots=True)
+class _Texts:
+    """What stands before an answer, and the answer with its end.
+
+    is_chat  written by the chat template, which holds what a tokenizer would put before a prompt
+    """
+
+    prompt: str
+    answer: str
+    is_chat: bool
+
+
 def _texts(
     fields: Mapping[str, Any],
     tokenizer: Any,  # noqa: ANN401 - any Hugging Face tokenizer
     template: Template | None,
-) -> tuple[str, str]:
-    """What stands before the answer, and the answer with its end; ValueError says what is wrong."""
+) -> _Texts:
+    """Of a row; ValueError says what is wrong with it."""
     if template is not None:
         messages = [
             {"role": "user", "content": _fill(template.user, fields)},
@@ -150,7 +177,7 @@ def _texts(
             raise ValueError(f"{name!r} is {_kind(fields[name])}, expected a text")
     if not fields["completion"]:
         raise ValueError("'completion' is empty, so nothing is learnt; leave the line out")
-    return fields["prompt"], fields["completion"] + tokenizer.eos_token
+    return _Texts(fields["prompt"], fields["completion"] + tokenizer.eos_token, is_chat=False)
 
 
 class _Formatter(string.Formatter):
@@ -199,7 +226,7 @@ def _kind(value: Any) -> str:  # noqa: ANN401 - from a file
     return f"{type(value).__name__} {json.dumps(value)[:40]}"
 
 
-def _chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, str]:  # noqa: ANN401
+def _chat(messages: list[dict[str, str]], tokenizer: Any) -> _Texts:  # noqa: ANN401
     """As the server's chat endpoint asks, and what it then expects to come."""
     if not messages[-1]["content"].strip():
         raise ValueError("the answer is empty, so nothing is learnt; leave the line out")
@@ -208,36 +235,37 @@ def _chat(messages: list[dict[str, str]], tokenizer: Any) -> tuple[str, str]:  #
             "the base has no chat template, so it cannot learn from messages; give 'prompt' and "
             "'completion'"
         )
-    prompt = tokenizer.apply_chat_template(
-        messages[:-1], tokenize=False, add_generation_prompt=True
-    )
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    try:
+        prompt = tokenizer.apply_chat_template(
+            messages[:-1], tokenize=False, add_generation_prompt=True
+        )
+        whole = tokenizer.apply_chat_template(messages, tokenize=False)
+    except TemplateError as error:
+        raise ValueError(f"the base's chat template refuses it: {error}") from None
     if not whole.startswith(prompt):
         raise ConfigurationError(
             "the base's chat template writes an answer otherwise than it asks for one; give "
             "'prompt' and 'completion', with the template's own words"
         )
     answer, ends, _ = whole[len(prompt) :].rpartition(tokenizer.eos_token)
-    return prompt, (answer + ends) if ends else whole[len(prompt) :] + tokenizer.eos_token
+    learnt = (answer + ends) if ends else whole[len(prompt) :] + tokenizer.eos_token
+    return _Texts(prompt, learnt, is_chat=True)
 
 
 def _encode(
-    prompt: str,
-    answer: str,
+    texts: _Texts,
     tokenizer: Any,  # noqa: ANN401 - any Hugging Face tokenizer
     max_length: int,
     line: int,
 ) -> Row:
-    # A chat template holds its own beginning of sequence; a plain prompt gets the tokenizer's.
-    has_template = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    prompt_ids = tokenizer(prompt, add_special_tokens=not has_template).input_ids
-    answer_ids = tokenizer(answer, add_special_tokens=False).input_ids
+    prompt_ids = tokenizer(texts.prompt, add_special_tokens=not texts.is_chat).input_ids
+    answer_ids = tokenizer(texts.answer, add_special_tokens=False).input_ids
     if not prompt_ids:
         raise ValueError("the prompt is empty; give it at least a word")
     if len(prompt_ids) + len(answer_ids) > max_length:
         raise ValueError(
             f"has {len(prompt_ids)} tokens of prompt and {len(answer_ids)} of answer, more than "
-            f"the {max_length} of --max-length; shorten it, leave it out, or raise --max-length"
+            f"{max_length}, which is --max-length or the base's context; shorten it or leave it out"
         )
     return Row(tuple(prompt_ids), tuple(answer_ids), line)
 

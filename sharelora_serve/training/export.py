@@ -67,6 +67,6 @@ def _round(factor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     if not stored.isfinite().all() or lost > _MOST_LOST:
         raise ConfigurationError(
             f"{key} does not fit {str(dtype).removeprefix('torch.')}: {lost:.1%} of its values "
-            "would become 0, or some too large; give --dtype float32"
+            "would become 0, or some too large; give --resume --dtype float32"
         )
     return stored

@@ -32,11 +32,6 @@ class Factors:
     pairs: dict[tuple[int, str], tuple[nn.Parameter, nn.Parameter]]
     trained: dict[str, nn.Parameter]
 
-    @property
-    def num_trained(self) -> int:
-        """Trained numbers."""
-        return sum(factor.numel() for factor in self.trained.values())
-
 
 def add_factors(model: Any, layout: BaseLayout, settings: TrainSettings) -> Factors:  # noqa: ANN401
     """Freeze a decoder and give it factors; B starts at zero, so it computes what it did.
@@ -150,7 +145,7 @@ def _read_a(
         if settings.method.shares(module, "A") and len({id(a) for a in own}) > 1:
             raise ConfigurationError(
                 f"{path} has another A of {module} in every layer, so layers cannot share it; "
-                "give an adapter that was trained with --share A, or leave --share A out"
+                "give an adapter that was trained with --share A, or give --share none"
             )
     if settings.method.share_qkv and len({id(given[0, each]) for each in _of_qkv(settings)}) > 1:
         raise ConfigurationError(

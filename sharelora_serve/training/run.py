@@ -3,7 +3,7 @@
 import hashlib
 import shutil
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from sharelora_serve.training.card import DataSource, write_card
 from sharelora_serve.training.data import Row, Template, hold_out, read_rows
 from sharelora_serve.training.export import export
 from sharelora_serve.training.factors import add_factors
-from sharelora_serve.training.settings import TrainSettings
+from sharelora_serve.training.settings import TrainSettings, check_settings
 from sharelora_serve.training.trainer import Progress, Trained, Trainer
 
 
@@ -57,6 +57,7 @@ class Run:
         self._base = ServeConfig(model=model).base_name
         self._base_id = model or EMBEDDED_MODEL_ID
         self._layout = config.layout(self._base)
+        check_settings(settings, self._layout, config.max_model_len)
         max_length = settings.max_length or config.max_model_len
         self._settings = replace(settings, max_length=max_length)
         self._data, self._output, self._template = data, output, template
@@ -136,13 +137,13 @@ class Run:
         """What decides the weights, as a checkpoint keeps it in JSON."""
         settings = asdict(self._settings)
         method = settings.pop("method")
-        template = None if self._template is None else asdict(self._template)
+        configuration = (self._folder / "config.json").read_bytes()
         return {
             "base": self._base,
+            "configuration": hashlib.sha256(configuration).hexdigest(),
             "weights": self._base_digest,
-            "data": self._digest,
-            "held_out": len(self._held_out),
-            "template": template,
+            "rows": _digest_of_rows(self._rows),
+            "held_out": _digest_of_rows(self._held_out),
             "frozen": _digest(a for a, _ in self._factors.pairs.values() if not a.requires_grad),
             **{name: _plain(value) for name, value in settings.items()},
             **{name: _plain(value) for name, value in method.items()},
@@ -155,6 +156,12 @@ def _digest(parameters: Iterable[torch.Tensor]) -> str:
     for parameter in {id(parameter): parameter for parameter in parameters}.values():
         digest.update(parameter.detach().numpy().tobytes())
     return digest.hexdigest()
+
+
+def _digest_of_rows(rows: Sequence[Row]) -> str:
+    """Tells the data apart, and what template and tokenizer make of it."""
+    tokens = [(row.prompt_ids, row.answer_ids) for row in rows]
+    return hashlib.sha256(repr(tokens).encode()).hexdigest()
 
 
 def _plain(value: object) -> object:

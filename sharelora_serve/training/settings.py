@@ -1,9 +1,11 @@
 """What a training run is told: all that decides the weights it ends with."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import QKV_MODULES
 from sharelora_serve.errors import ConfigurationError
 from sharelora_serve.training.counts import Method
@@ -18,7 +20,8 @@ class TrainSettings:
     modules        of MODULES, which are adapted
     method         which factors layers share, and which are trained
     freeze_a_from  where a frozen A comes from: a seed, or an adapter's folder; None for `seed`
-    alpha          delta W = alpha / rank * B A, or alpha / sqrt(rank) * B A if rslora
+    alpha          delta W = alpha / rank * B A, or alpha / sqrt(rank) * B A if rslora, which is
+                   arXiv 2312.03732
     warm_up        share of the steps in which the learning rate rises
     num_steps      None for as many as num_epochs has
     batch_size     rows in a step
@@ -41,10 +44,34 @@ class TrainSettings:
     max_length: int | None = None
     seed: int = 0
 
-    @property
-    def scaling(self) -> float:
-        """The factor of B A, as PEFT computes it; rsLoRA is arXiv 2312.03732."""
-        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+def default_learning_rate(method: Method) -> float:
+    """What was best for a form in docs/quality.md."""
+    return 1e-2 if method.freeze_a or method.share == "AB" else 3e-3
+
+
+def check_settings(settings: TrainSettings, layout: BaseLayout, max_model_len: int) -> None:
+    """Raise ConfigurationError for numbers with which no adapter of the base can be trained."""
+    numbers = {
+        "--alpha": settings.alpha,
+        "--learning-rate": settings.learning_rate,
+        "--epochs": settings.num_epochs,
+    }
+    for option, value in numbers.items():
+        if not math.isfinite(value):
+            raise ConfigurationError(f"{option} is {value}, expected a finite number")
+    if settings.alpha == 0:
+        raise ConfigurationError("--alpha 0 is an adapter that changes nothing; give another")
+    if settings.rank > layout.feature_counts[-1]:
+        raise ConfigurationError(
+            f"--rank {settings.rank} is more than the {layout.feature_counts[-1]} features of the "
+            "widest layer; give a lower one"
+        )
+    if (settings.max_length or 0) > max_model_len:
+        raise ConfigurationError(
+            f"--max-length {settings.max_length} is more than the base's context of "
+            f"{max_model_len} tokens, so such rows could not be served; give a lower one"
+        )
 
 
 def check_method(method: Method, modules: tuple[str, ...]) -> None:

@@ -77,10 +77,17 @@ def read_linear_shapes(folder: Path) -> LinearShapes:
             f"{folder / 'config.json'} is not the configuration of a model: {error}"
         ) from error
     of_module: dict[str, dict[int, tuple[int, int]]] = defaultdict(dict)
+    stacks: set[str] = set()
     for name, module in model.named_modules():
         place = _IN_A_LAYER.search(name)
         if place is not None and (shape := _shape(module)) is not None:
             of_module[place[2]][int(place[1])] = shape
+            stacks.add(name[: place.start(1)])
+    if len(stacks) > 1:
+        raise UnsupportedModelError(
+            f"{folder / 'config.json'} has layers in {', '.join(sorted(stacks))}; expected one "
+            "stack of layers, an encoder's or a decoder's"
+        )
     num_layers = max((len(layers) for layers in of_module.values()), default=0)
     uneven = [
         module

@@ -26,7 +26,6 @@ from sharelora_serve.training.factors import Factors
 from sharelora_serve.training.settings import TrainSettings
 
 _CLIP = 1.0  # norm of all gradients together
-_LEAST = 1e-8  # of a learning rate's share: the last step is not in vain
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,13 +98,14 @@ class Trainer:
         """
         torch.manual_seed(self._settings.seed)
         self._model.train()
-        done = Checkpoint(0, 0, 0.0, [], self._run)
+        done = Checkpoint(0, 0, 0.0, [])
         if resume:
             done = load_checkpoint(checkpoints, self._run, self._factors, self._optimizer)
         curve, num_tokens = list(done.curve), done.num_tokens
         began_at = time.monotonic() - done.seconds
         step = done.num_steps
-        while step < self.num_steps and not stop.is_set():
+        is_stopped = stop.is_set()
+        while step < self.num_steps and not is_stopped:
             batch = self._batches[step]
             loss = self._take_step(step, batch)
             step, num_tokens = step + 1, num_tokens + batch.num_tokens
@@ -113,11 +113,12 @@ class Trainer:
             is_evaluated = self._held_out and (step % evaluate_every == 0 or is_last)
             validation_loss = self.validation_loss() if is_evaluated else None
             seconds = time.monotonic() - began_at
-            curve.append(CurvePoint(step, loss, validation_loss, seconds))
+            curve.append(CurvePoint(step, loss, validation_loss))
             report(Progress(step, self.num_steps, loss, validation_loss, num_tokens / seconds))
-            if step % save_every == 0 or is_last or stop.is_set():
-                state = Checkpoint(step, num_tokens, seconds, curve, self._run)
-                save_checkpoint(checkpoints, state, self._factors, self._optimizer)
+            is_stopped = stop.is_set()
+            if step % save_every == 0 or is_last or is_stopped:
+                state = Checkpoint(step, num_tokens, seconds, curve)
+                save_checkpoint(checkpoints, state, self._run, self._factors, self._optimizer)
         seconds = time.monotonic() - began_at
         return Trained(step == self.num_steps, step, num_tokens, seconds, curve)
 
@@ -181,5 +182,5 @@ class Trainer:
         if self._settings.schedule == "constant":
             return 1.0
         if self._settings.schedule == "cosine":
-            left = 0.5 * (1 - math.cos(math.pi * left))
-        return max(left, _LEAST)
+            return 0.5 * (1 - math.cos(math.pi * left))
+        return left

@@ -203,3 +203,8 @@ class Shelf:
         with self._changed:
             while not happened():  # a change that nobody was told of counts as none
                 assert self._changed.wait(PATIENCE_SECONDS), "nothing happened"
+
+
+ONE, TWO, THREE, FOUR = (Content(seed, rank=8) for seed in range(1, 5))
+BYTES = ONE.num_bytes  # of each of the four, in the pool and on the host
+ROOM_FOR_TWO = 3 * BYTES  # a third goes to page 0 and to what its chunk cannot hold

@@ -13,8 +13,10 @@ import pytest
 from sharelora_serve.adapters.folder import AdapterFolder
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.published import Published
+from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.errors import ModelNotFoundError
 from tests.adapters.shelves import PATIENCE_SECONDS, Content, write_content
+from tests.adapters.store_model import problems_in
 from tests.adapters.test_registry import Office, opened
 
 ONE, TWO = Content(1, rank=8), Content(2, rank=8)
@@ -174,6 +176,84 @@ def test_adapter_that_was_deleted_over_http_does_not_come_back_with_its_unchange
         assert live.digest() is not None
 
 
+def copy_again(folder: Path) -> None:
+    """Other inodes and times, the same bytes."""
+    shutil.copytree(folder, folder.with_name(".copy"), copy_function=shutil.copyfile)
+    shutil.rmtree(folder)
+    folder.with_name(".copy").rename(folder)
+
+
+@pytest.mark.parametrize("is_running", [True, False])
+@pytest.mark.parametrize("change", ["roll_back", "publish", "remove"])
+def test_folder_that_holds_what_it_held_undoes_nothing_that_was_done_over_http(
+    change: str, is_running: bool, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    with watched(tmp_path) as live:
+        for content in (ONE, TWO):
+            live.put(content)
+            live.folder.publish_all()
+        match change:
+            case "roll_back":
+                live.office.registry.roll_back(ACME)
+            case "publish":
+                live.office.publish(ACME, Content(3, rank=8))
+            case "remove":
+                live.office.registry.remove(ACME)
+        before, versions = live.digest(), live.office.registry.versions(ACME)
+        caplog.clear()
+        if is_running:
+            copy_again(live.path / "acme")
+            live.folder.publish_all()
+            assert live.digest() == before
+    if not is_running:
+        copy_again(tmp_path / "adapters" / "acme")
+    with watched(tmp_path) as live:
+        assert live.digest() == before
+        assert live.office.registry.versions(ACME) == versions
+        assert "adapter acme" not in caplog.text
+        live.put(ONE)
+        live.folder.publish_all()
+        assert live.digest() == digest_of(live.office, ONE)
+
+
+def test_folder_that_is_touched_is_looked_into_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with watched(tmp_path) as live:
+        live.put(ONE)
+        live.folder.publish_all()
+    copy_again(tmp_path / "adapters" / "acme")
+    with watched(tmp_path):
+        pass
+    monkeypatch.setattr(AdapterRegistry, "publish_folder", None)  # a call of it would be logged
+    with watched(tmp_path):
+        assert not caplog.records
+
+
+def test_folder_that_comes_back_after_it_was_gone_is_published_again(tmp_path: Path) -> None:
+    with watched(tmp_path) as live:
+        live.put(ONE)
+        live.folder.publish_all()
+        live.office.registry.remove(ACME)
+        (live.path / "acme").rename(tmp_path / "acme")
+        live.folder.publish_all()
+        (tmp_path / "acme").rename(live.path / "acme")
+        live.folder.publish_all()
+        assert live.digest() == digest_of(live.office, ONE)
+
+
+def test_good_copy_of_a_folder_mends_its_version_that_was_damaged_on_disk(tmp_path: Path) -> None:
+    with watched(tmp_path) as live:
+        live.put(ONE)
+        live.folder.publish_all()
+        for path in (tmp_path / "store" / "factors").iterdir():
+            path.write_bytes(b"damaged")
+        copy_again(live.path / "acme")
+        live.folder.publish_all()
+    assert problems_in(tmp_path / "store") == []
+
+
 def test_folder_and_upload_of_one_name_leave_each_other_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -191,14 +271,14 @@ def test_folder_and_upload_of_one_name_leave_each_other_alone(
 def test_bug_that_one_folder_meets_does_not_end_the_watching_of_the_others(
     live: Watched, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    publish = live.office.registry.publish
+    publish = live.office.registry.publish_folder
 
-    def publish_all_but_one(name: AdapterName, *arguments: Any, **conditions: Any) -> Published:
-        if name.name == "unlucky":
+    def publish_all_but_one(folder: str, *arguments: Any) -> Published | None:
+        if folder == "unlucky":
             raise RuntimeError("injected")
-        return publish(name, *arguments, **conditions)
+        return publish(folder, *arguments)
 
-    monkeypatch.setattr(live.office.registry, "publish", publish_all_but_one)
+    monkeypatch.setattr(live.office.registry, "publish_folder", publish_all_but_one)
     live.put(TWO, "unlucky")
     live.wait_for(lambda: "injected" in caplog.text)
     live.put(ONE)

@@ -1,11 +1,13 @@
 """A disk that is full, or may not be written: a refusal, no trace of it, and success later."""
 
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from sharelora_serve.adapters.adapter import Adapter
+from sharelora_serve.adapters.factor_files import FactorFiles
 from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.errors import ConfigurationError, StorageError
 from tests.adapters.disks import files_limited, fill, mounted, read_only
@@ -117,3 +119,17 @@ def test_a_store_that_may_not_be_written_is_not_opened(
     store = AdapterStore(folder, LAYOUT)
     assert StoreModel.of(store) == before
     store.close()
+
+
+def test_files_that_cannot_be_deleted_hide_no_refusal_and_go_at_the_next_start(
+    tmp_path: Path, contents: list[Adapter]
+) -> None:
+    files = FactorFiles(tmp_path)
+    files.clear_incoming()
+    refusal = pytest.raises(StorageError, match="the registry's")
+    with ExitStack() as disk, refusal, files.incoming(contents[0]):
+        disk.enter_context(read_only(tmp_path / "incoming"))
+        raise StorageError("the registry's")
+    assert list((tmp_path / "incoming").iterdir())
+    files.clear_incoming()
+    assert not list((tmp_path / "incoming").iterdir())

@@ -67,6 +67,10 @@ def make_adapter(
     return Adapter(f"{form}-{seed}", f"{form}-{seed}-{len(modules)}", pairs, config={})
 
 
+def add(pool: MatrixPool, adapter: Adapter, layout: BaseLayout) -> Resident:
+    return pool.place(pool.stage(adapter, layout))
+
+
 def assert_reads_back(pool: MatrixPool, resident: Resident, adapter: Adapter) -> None:
     """The page table, followed through the arena, gives the adapter's factors bit for bit."""
     table = resident.page_table
@@ -124,22 +128,35 @@ class PoolMachine(RuleBasedStateMachine):
             modules=tuple(modules),
             rank=lambda module: rank + (MODULES.index(module) if mixed else 0),
         )
-        before = self.pool.stats()
+        before, checked = self.pool.stats(), self.check_room(adapter)
+        assert self.pool.stats() == before
+        self.pool.check_integrity()
         try:
-            self.live.append((self.pool.add(adapter, LAYOUT), adapter))
+            self.live.append((add(self.pool, adapter, LAYOUT), adapter))
+            assert checked is None
         except PoolFullError:
+            assert checked is PoolFullError
             assert self.live, "an empty pool must refuse for good, not for now"
             assert self.pool.stats() == before
         except AdapterInvalidError:
+            assert checked is AdapterInvalidError
             assert self.pool.num_bytes_for(adapter) > 8_192
             assert self.pool.stats() == before
+
+    def check_room(self, adapter: Adapter) -> type[Exception] | None:
+        """What the pool would raise, or None if there is room."""
+        try:
+            self.pool.check_room(self.pool.stage(adapter, LAYOUT).rows)
+        except (PoolFullError, AdapterInvalidError) as error:
+            return type(error)
+        return None
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
     def add_again(self, data: st.DataObject) -> None:
         _, adapter = data.draw(st.sampled_from(self.live))
         before = self.pool.stats().used_bytes
-        self.live.append((self.pool.add(adapter, LAYOUT), adapter))  # needs no room at all
+        self.live.append((add(self.pool, adapter, LAYOUT), adapter))  # needs no room at all
         assert self.pool.stats().used_bytes == before
 
     @precondition(lambda self: self.live)
@@ -238,7 +255,7 @@ def test_memory_given_back_by_one_width_serves_another() -> None:
         try:
             while True:
                 adapter = make_adapter(seed=len(residents), modules=(module,), rank=lambda _: 8)
-                residents.append(pool.add(adapter, LAYOUT))
+                residents.append(add(pool, adapter, LAYOUT))
         except PoolFullError:
             for resident in residents:
                 pool.release(resident)
@@ -257,7 +274,7 @@ def test_many_adapters_of_one_common_a_cost_one_a_and_their_b() -> None:
     rank = 16  # no padding, so the count is exact
     adapters = [make_adapter("common A", seed=seed, rank=lambda _: rank) for seed in range(200)]
     for adapter in adapters:
-        pool.add(adapter, LAYOUT)
+        add(pool, adapter, LAYOUT)
     # One A per input width: q, k, v, o, gate and up read 24 features, down reads 40.
     a_bytes = 2 * rank * (24 + 40)
     b_bytes = 2 * rank * NUM_LAYERS * sum(out_features for _, out_features in SHAPES.values())
@@ -270,7 +287,7 @@ def test_many_adapters_of_one_common_a_cost_one_a_and_their_b() -> None:
             place: FactorPair(pair.a.clone(), pair.b, pair.scaling)
             for place, pair in adapter.pairs.items()
         }
-        expanded.add(Adapter(adapter.name, adapter.digest, pairs, config={}), LAYOUT)
+        add(expanded, Adapter(adapter.name, adapter.digest, pairs, config={}), LAYOUT)
     assert expanded.stats() == pool.stats()
     expanded.check_integrity()
 
@@ -279,7 +296,7 @@ def test_equal_a_and_b_share_their_pages() -> None:
     pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.float32, "cpu")
     a = factor(8, 24, seed=1)
     pairs = {(0, "self_attn.q_proj"): FactorPair(a, a.T.contiguous(), 1.0)}
-    table = pool.add(Adapter("same", "same", pairs, config={}), LAYOUT).page_table
+    table = add(pool, Adapter("same", "same", pairs, config={}), LAYOUT).page_table
     assert (table.a_pages == table.b_pages).all()
     assert pool.stats().num_factors == 1
 
@@ -289,7 +306,7 @@ def test_one_tensor_used_as_a_and_as_b_is_read_in_each_orientation() -> None:
     square = factor(8, 8, seed=1)
     layout = BaseLayout("square", 1, dict.fromkeys(MODULES, (8, 8)))
     pairs = {(0, "self_attn.q_proj"): FactorPair(square, square, 1.0)}
-    table = pool.add(Adapter("square", "square", pairs, config={}), layout).page_table
+    table = add(pool, Adapter("square", "square", pairs, config={}), layout).page_table
     assert torch.equal(pool.view(8)[table.a_pages[0]], square)
     assert torch.equal(pool.view(8)[table.b_pages[0]], square.T)
 
@@ -310,7 +327,7 @@ def test_factor_that_the_dtype_cannot_hold_is_refused_by_name(
     broken = torch.zeros(1, 24)
     broken[0, :2] = torch.tensor(values)
     adapter.pairs[1, "self_attn.q_proj"] = FactorPair(broken, pair.b, 1.0)
-    for refuse in (lambda: pool.add(adapter, LAYOUT), lambda: pool.check(adapter)):
+    for refuse in (lambda: add(pool, adapter, LAYOUT), lambda: pool.check(adapter)):
         with pytest.raises(AdapterInvalidError) as caught:
             refuse()
         assert f"model.layers.1.self_attn.q_proj.lora_A: {words}" in caught.value.message
@@ -324,20 +341,20 @@ def test_one_percent_of_underflow_is_accepted() -> None:
     a = torch.ones(1, 100)
     a[0, 0] = 1e-9
     pairs = {(0, "self_attn.q_proj"): FactorPair(a, torch.ones(24, 1), 1.0)}
-    pool.add(Adapter("barely", "barely", pairs, config={}), layout)
+    add(pool, Adapter("barely", "barely", pairs, config={}), layout)
     assert pool.stats().num_factors == 2
 
 
 def test_adapter_larger_than_the_pool_is_refused_for_good() -> None:
     pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.float32, "cpu")
     huge = make_adapter(rank=lambda _: 64)
-    for refuse in (lambda: pool.add(huge, LAYOUT), lambda: pool.check(huge)):
+    for refuse in (lambda: add(pool, huge, LAYOUT), lambda: pool.check(huge)):
         with pytest.raises(AdapterInvalidError, match="--adapter-memory"):
             refuse()
     small = make_adapter("ShareAB", modules=("self_attn.q_proj",))
-    resident = pool.add(small, LAYOUT)
+    resident = add(pool, small, LAYOUT)
     with pytest.raises(AdapterInvalidError):  # also while others are in the way
-        pool.add(huge, LAYOUT)
+        add(pool, huge, LAYOUT)
     assert_reads_back(pool, resident, small)
 
 
@@ -345,7 +362,7 @@ def test_adapter_that_fits_only_without_a_pinned_one_is_refused_for_good() -> No
     pinned, other = make_adapter("LoRA", seed=1), make_adapter("LoRA", seed=2)
     needed = MatrixPool(1 << 20, LAYOUT.feature_counts, torch.float32, "cpu").num_bytes_for(pinned)
     pool = MatrixPool(needed * 3 // 2, LAYOUT.feature_counts, torch.float32, "cpu")
-    resident = pool.add(pinned, LAYOUT)
+    resident = add(pool, pinned, LAYOUT)
     pool.check(other)  # it may come once the first has gone
     pool.pin(resident.page_table)
     with pytest.raises(AdapterInvalidError, match="for the merged adapter"):
@@ -360,7 +377,7 @@ def test_pool_too_small_for_any_page_names_the_flag() -> None:
 
 def test_releasing_twice_is_a_bug_that_is_seen() -> None:
     pool = MatrixPool(65_536, LAYOUT.feature_counts, torch.float32, "cpu")
-    resident = pool.add(make_adapter("ShareAB"), LAYOUT)
+    resident = add(pool, make_adapter("ShareAB"), LAYOUT)
     pool.release(resident)
     with pytest.raises(AssertionError, match="released twice"):
         pool.release(resident)
@@ -371,7 +388,7 @@ def test_same_factor_added_by_many_threads_at_once_is_written_before_it_is_used(
     adapters = [make_adapter("common A", seed=seed % 3) for seed in range(24)]
 
     def add_and_read(adapter: Adapter) -> None:
-        resident = pool.add(adapter, LAYOUT)
+        resident = add(pool, adapter, LAYOUT)
         assert_reads_back(pool, resident, adapter)
         pool.release(resident)
 

@@ -57,7 +57,7 @@ def wait_until(happened: Callable[[], bool]) -> None:
 
 
 def names(registry: AdapterRegistry) -> list[str]:
-    return [published.name.text for published in registry.adapters()]
+    return sorted(published.name.text for published in registry.adapters())
 
 
 def test_files_of_a_publication_that_was_refused_are_collected(
@@ -115,7 +115,7 @@ def test_a_folder_does_not_take_a_name_that_was_uploaded_while_it_was_read(
         blocker.execute("BEGIN IMMEDIATE")
         uploaded = pool.submit(registry.publish, RED, paths[0])
         time.sleep(0.2)
-        from_folder = pool.submit(registry.publish, RED, paths[1], fingerprint="a fingerprint")
+        from_folder = pool.submit(registry.publish_folder, "red", paths[1], "a fingerprint")
         time.sleep(0.2)
         blocker.execute("ROLLBACK")
         blocker.close()

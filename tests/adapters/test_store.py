@@ -4,12 +4,14 @@ import dataclasses
 import shutil
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from threading import Thread
 
 import pytest
 
 from sharelora_serve.adapters.adapter import Adapter
+from sharelora_serve.adapters.database import VERSION
 from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.adapters.summary import summarise
@@ -107,9 +109,39 @@ def test_a_store_of_another_base_is_refused_and_left_as_it_is(
 def test_a_store_of_a_newer_version_is_refused(folder: Path) -> None:
     AdapterStore(folder, LAYOUT).close()
     database = sqlite3.connect(folder / "registry.sqlite3")
-    database.execute("PRAGMA user_version = 2")
+    database.execute(f"PRAGMA user_version = {VERSION + 1}")
     database.close()
     assert "newer version of this server" in refusal(folder)
+
+
+def test_a_store_of_version_1_is_migrated_and_loses_nothing(
+    folder: Path, contents: list[Adapter]
+) -> None:
+    store = AdapterStore(folder, LAYOUT)
+    for choice, name in enumerate(NAMES):
+        Operation("publish_folder", name, choice).run(store, contents)
+    store.roll_back(NAMES[0], contents[0].digest)
+    before = StoreModel.of(store)
+    store.close()
+    with closing(sqlite3.connect(folder / "registry.sqlite3")) as database:
+        database.executescript(
+            "CREATE TABLE old (name TEXT PRIMARY KEY, fingerprint TEXT NOT NULL) WITHOUT ROWID;"
+            "INSERT INTO old SELECT name, fingerprint FROM folders;"
+            "DROP TABLE folders; ALTER TABLE old RENAME TO folders; PRAGMA user_version = 1"
+        )
+    for _ in range(2):
+        store = AdapterStore(folder, LAYOUT)
+        assert StoreModel.of(store) == before
+        store.collect(())
+        store.close()
+    assert problems_in(folder) == []
+    store = AdapterStore(folder, LAYOUT)
+    red, adapter = NAMES[0], contents[0]
+    assert not store.renew_folder(red.name, adapter, summarise(adapter), "new")  # not known then
+    Operation("publish_folder", red, 0).run(store, contents)
+    assert store.renew_folder(red.name, adapter, summarise(adapter), "new")
+    assert store.folders()[red.name] == "new"
+    store.close()
 
 
 def test_a_file_where_the_store_should_be_is_refused(folder: Path) -> None:
@@ -195,6 +227,23 @@ def test_a_change_that_the_disk_refuses_changes_nothing_and_works_later(
     (folder / "incoming").mkdir()
     publish(store, contents[2])
     assert problems_in(folder) == []
+
+
+def test_a_store_that_is_closed_refuses_every_call_by_saying_so(
+    store: AdapterStore, folder: Path, contents: list[Adapter]
+) -> None:
+    publish(store, contents[0])
+    store.close()
+    for call in (
+        lambda: publish(store, contents[2]),
+        lambda: store.remove(RED),
+        lambda: store.collect(()),
+        lambda: store.read(contents[0].digest),
+        store.adapters,
+    ):
+        with pytest.raises(StorageError, match="the server is stopping"):
+            call()
+    assert not list((folder / "incoming").iterdir())
 
 
 def test_a_reader_that_stays_in_the_registry_holds_up_no_change(

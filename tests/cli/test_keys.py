@@ -39,9 +39,9 @@ def create(file: Path, *arguments: str) -> tuple[str, str]:
 
 def test_a_key_is_printed_once_alone_and_works(file: Path) -> None:
     key_id, text = create(file, "--tenant", "acme")
-    assert KeyFile(file).authenticate(f"Bearer {text}") == Caller("acme", False)
+    assert KeyFile(file).authenticate(f"Bearer {text}") == Caller("acme")
     _, text = create(file, "--admin")
-    assert KeyFile(file).authenticate(f"Bearer {text}") == Caller(None, True)
+    assert KeyFile(file).authenticate(f"Bearer {text}") == Caller(None)
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     shown = run("keys", "list", "--file", file)
     assert key_id in shown.stdout

@@ -1,4 +1,4 @@
-"""The command adapters list, as no one server makes it do at will."""
+"""Commands of a running server's adapters, as no one server makes them do at will."""
 
 import json
 
@@ -9,8 +9,8 @@ from sharelora_serve.cli import app
 from tests.cli.http_server import error, scripted_server
 
 
-def run(*arguments: str) -> Result:
-    return CliRunner().invoke(app, ["adapters", "list", *arguments], env={"COLUMNS": "80"})
+def run(*arguments: str, command: str = "list") -> Result:
+    return CliRunner().invoke(app, ["adapters", command, *arguments], env={"COLUMNS": "80"})
 
 
 def adapter(name: str) -> dict[str, object]:
@@ -64,3 +64,12 @@ def test_list_says_when_there_are_no_adapters_and_when_the_server_refuses() -> N
         result = run("--url", server.url)
     assert result.exit_code == 2
     assert "Error: starting" in result.stderr
+
+
+def test_a_change_that_was_done_is_shown_though_the_server_cannot_tell_the_versions() -> None:
+    details = {"base": "tiny", "shares_qkv": False, "modules": ["q_proj"], "num_layers": 1}
+    answer = adapter("acme") | details | {"bytes_expanded": 1024, "versions": None}
+    with scripted_server((200, answer)) as server:
+        result = run("acme", "--url", server.url, command="pin")
+    assert result.exit_code == 0, result.stderr
+    assert "device, pinned" in result.stdout

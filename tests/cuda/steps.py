@@ -90,8 +90,8 @@ def draw_world(folder: Path, architecture: str, dtype: torch.dtype, seed: int) -
     pool = MatrixPool(16 << 20, layout.feature_counts, dtype, "cpu")
     pool.arena[PAGE_RANK * max(layout.feature_counts) :] = torch.nan
     tables = [
-        pool.add(
-            _mild(draw_adapter(share, layout, share, generator, exact=False)), layout
+        pool.place(
+            pool.stage(_mild(draw_adapter(share, layout, share, generator, exact=False)), layout)
         ).page_table
         for share in ("", "A", "B", "AB")
     ]

@@ -1,5 +1,6 @@
 """A scheduler with its caches and a stand-in for the model, to be driven step by step."""
 
+import math
 import random
 from collections import Counter, OrderedDict
 
@@ -147,16 +148,17 @@ class Rig:
         return request
 
     @property
+    def has_work(self) -> bool:
+        return self.scheduler.num_waiting + self.scheduler.num_running > 0
+
+    @property
     def running(self) -> list[Request]:
         return [request for request in self.requests if request.block_table]
 
-    def served(self, request: Request) -> float:
-        """What the request's client has had."""
-        return self.scheduler._waiting.served(request.client)
-
     def turn(self, request: Request) -> tuple[float, int]:
-        """Sorts requests as the scheduler does."""
-        return self.served(request), self.requests.index(request)
+        """Sorts requests as the scheduler does; those that ended are last."""
+        entry = self.scheduler._entries.get(request.request_id)
+        return (math.inf, 0) if entry is None else self.scheduler._waiting.rank(entry)
 
     def step(self) -> dict[Request, int] | None:
         """Schedule, compute, sample and finish; the tokens computed for each request."""
@@ -203,7 +205,7 @@ class Rig:
     def run(self, until: Request | None = None) -> None:
         """Step until nothing is left to do, or one request has finished."""
         for _ in range(1000):
-            if not self.scheduler.has_work or until in self.finished:
+            if not self.has_work or until in self.finished:
                 return
             self.step()
         raise AssertionError(f"{self.scheduler.num_waiting} requests still wait")

@@ -156,7 +156,7 @@ class TinyModel:
         pool = MatrixPool(num_bytes, self.layout.feature_counts, self.dtype, CPU)
         try:
             for adapter in adapters:
-                pool.add(adapter, self.layout)
+                pool.place(pool.stage(adapter, self.layout))
         except (PoolFullError, AdapterInvalidError):
             return False
         return True
@@ -335,7 +335,7 @@ class SteppedEngine:
         num_idle = 0
         for _ in range(_MAX_STEPS):
             did_something = self.step()
-            if not self.engine._scheduler.has_work and not self.engine._inbox:
+            if self.engine.stats().num_running + self.engine.stats().num_waiting == 0:
                 return
             # One turn without a batch asks for an adapter, the next finds it loaded.
             num_idle = 0 if did_something else num_idle + 1

@@ -6,7 +6,12 @@ from itertools import groupby
 import pytest
 
 from sharelora_serve.engine import fair_queue
-from sharelora_serve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, FairQueue
+from sharelora_serve.engine.fair_queue import (
+    OUTPUT_WEIGHT,
+    PROMPT_PIECE,
+    PROMPT_WEIGHT,
+    FairQueue,
+)
 from sharelora_serve.engine.request import Request
 from sharelora_serve.engine.scheduler import LOOK_AHEAD, MAX_PAUSES
 from tests.engine.rig import A, B, Rig, Shelf, alone
@@ -170,6 +175,58 @@ def test_many_requests_that_wait_for_an_adapter_hide_nobody() -> None:
     base = rig.add(4, tenant="quiet")
     rig.step()
     assert base.block_table
+
+
+def test_those_that_wait_in_great_number_hide_no_prompt_that_has_begun() -> None:
+    rig = Rig(num_blocks=500, max_running=8, max_batch_tokens=16)
+    for number in range(8 + 2 * LOOK_AHEAD):
+        rig.add(30, tenant=f"tenant-{number}", max_tokens=2)
+    while rig.has_work:
+        assert rig.step() is not None
+    assert rig.finished == set(rig.requests)
+
+
+def test_prompt_that_has_begun_is_reached_behind_all_that_lack_room() -> None:
+    rig = Rig(num_blocks=500, shelf=Shelf(room=1), max_batch_tokens=300)
+    long = rig.add(1500, A, tenant="long")
+    rig.step()
+    for _ in range(2 * LOOK_AHEAD):
+        rig.add(2, B, tenant="short", max_tokens=1)
+    while rig.has_work:
+        assert rig.step() is not None
+    assert rig.finished >= {long}
+
+
+def first_tokens(rig: Rig, requests: list[Request]) -> list[int]:
+    """The steps in which they come."""
+    found: dict[Request, int] = {}
+    for step in range(1000):
+        rig.step()
+        found |= {
+            request: step for request in requests if request.output_ids and request not in found
+        }
+        if len(found) == len(requests):
+            break
+    return [found[request] for request in requests]
+
+
+def test_short_prompts_of_clients_served_alike_come_one_after_another() -> None:
+    rig = Rig(num_blocks=500, max_running=32, prefill_chunk=8)
+    rig.add(2, tenant="stream", max_tokens=300)
+    rig.step()
+    at = first_tokens(rig, [rig.add(16, tenant=f"tenant-{n}", max_tokens=1) for n in range(16)])
+    assert at == sorted(at)
+    assert sum(at) / len(at) < 0.6 * max(at)
+
+
+def test_long_prompt_keeps_short_ones_waiting_for_a_piece_alone() -> None:
+    rig = Rig(num_blocks=500, prefill_chunk=8)
+    rig.add(2, tenant="stream", max_tokens=300)
+    rig.step()
+    rig.add(1200, tenant="long", max_tokens=1)
+    rig.step()
+    (at,) = first_tokens(rig, [rig.add(8, tenant="short", max_tokens=1)])
+    assert at <= PROMPT_PIECE / 8 + 1
 
 
 def test_who_has_no_room_holds_up_nobody_whose_turn_is_before() -> None:

@@ -50,7 +50,7 @@ def test_streams_at_the_limit_of_running_requests_leave_others_waiting() -> None
 
 
 def test_nothing_to_do_is_no_batch(rig: Rig) -> None:
-    assert not rig.scheduler.has_work
+    assert not rig.has_work
     assert rig.scheduler.schedule() is None
 
 
@@ -120,7 +120,7 @@ def test_failure_is_reported_even_when_nothing_can_run(rig: Rig) -> None:
     broken = rig.add(3, A)
     assert rig.step() == {}
     assert list(rig.errors) == [broken]
-    assert not rig.scheduler.has_work
+    assert not rig.has_work
 
 
 def test_request_without_room_is_not_overtaken_for_ever() -> None:
@@ -238,12 +238,12 @@ def test_request_that_lacks_blocks_does_not_use_its_adapter_meanwhile() -> None:
 
 
 def test_abort_frees_a_running_request_at_once(rig: Rig) -> None:
-    running = rig.add(9, A)
+    rig.add(9, A)
     rig.step()
-    assert rig.scheduler.abort("request-0") is running
+    rig.scheduler.abort("request-0")
     assert (rig.kv_cache.num_used_blocks, rig.shelf.num_acquired) == (0, 0)
-    assert not rig.scheduler.has_work
-    assert rig.scheduler.abort("request-0") is None
+    assert not rig.has_work
+    rig.scheduler.abort("request-0")
 
 
 def test_abort_between_schedule_and_complete_leaves_the_rest_of_the_batch(rig: Rig) -> None:

@@ -3,6 +3,7 @@
 import csv
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -27,16 +28,26 @@ def sentences(drawn: random.Random, count: int) -> list[str]:
     return [" ".join(drawn.choices(WORDS, k=drawn.randint(4, 12))) for _ in range(count)]
 
 
-def test_bleu_is_that_of_another_library(seed: int) -> None:
+def test_bleu_is_that_of_another_library_over_lower_case_words_and_marks(seed: int) -> None:
     drawn = random.Random(seed)
+
+    def written(text: str) -> str:
+        words = [drawn.choice((word, word.upper(), word.lower())) for word in text.split()]
+        return drawn.choice(("", "(")) + " ".join(words) + drawn.choice(("", ".", "!"))
+
+    def split(text: str) -> list[str]:
+        return re.findall(r"\w+|[^\w ]", text.lower())
+
     references = [sentences(drawn, drawn.randint(1, 5)) for _ in range(30)]
     answers = [
         drawn.choice(given).rsplit(" ", 1)[0] + " " + drawn.choice(WORDS) for given in references
     ]
+    references = [[written(text) for text in given] for given in references]
+    answers = [written(text) for text in answers]
     found = text_scores(answers, references)["BLEU"].value
     expected = corpus_bleu(
-        [[text.lower().split() for text in given] for given in references],
-        [answer.lower().split() for answer in answers],
+        [[split(text) for text in given] for given in references],
+        [split(answer) for answer in answers],
     )
     assert found == pytest.approx(100 * expected, abs=1e-6)
 
@@ -138,6 +149,9 @@ def test_a_served_model_is_asked_every_question_as_another_client_would(
         result = CliRunner().invoke(app, [*arguments, "--out", str(out), "--concurrency", "12"])
         assert result.exit_code == 0, result.output
         refused = CliRunner().invoke(app, [*arguments[:-3], "nobody", "--url", server.url])
+        (tmp_path / "empty.csv").write_text("text,category\n")
+        arguments[2] = str(tmp_path / "empty.csv")
+        empty = CliRunner().invoke(app, arguments)
     found = json.loads((out / "results.json").read_text())
     assert [row["answer"] for row in found["answers"]] == [
         (answer or "").strip() for answer in expected
@@ -147,6 +161,8 @@ def test_a_served_model_is_asked_every_question_as_another_client_would(
     assert (out / "report.md").read_text().strip() in result.stdout
     assert refused.exit_code == 2
     assert "nobody" in refused.stderr
+    assert empty.exit_code == 2
+    assert "has no questions" in empty.stderr
 
 
 def test_loss_of_worked_answers_is_hugging_faces(tmp_path: Path, seed: int) -> None:
@@ -160,9 +176,12 @@ def test_loss_of_worked_answers_is_hugging_faces(tmp_path: Path, seed: int) -> N
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with running_server(tmp_path / "log", "--model", str(model), "--dtype", "float32") as server:
         arguments = ["evaluate", "gsm8k", str(data), "--model", "tiny", "--url", server.url]
+        other = CliRunner().invoke(app, arguments)
         options = ["--base", str(model), "--out", str(out), "--limit", "3"]
         result = CliRunner().invoke(app, [*arguments, *options])
         assert result.exit_code == 0, result.output
+    assert other.exit_code == 2
+    assert "tiny is served over tiny, whose tokens the loss is of; give --base" in other.stderr
     tokenizer = AutoTokenizer.from_pretrained(model)
     reference = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
     losses: list[float] = []

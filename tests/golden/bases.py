@@ -79,12 +79,12 @@ class Base:
     def tight_config(self) -> ServeConfig:
         """A server on which requests must preempt each other and adapters replace each other.
 
-        The KV cache holds little more than the longest request, the device two or three of the
+        The KV cache holds no more than the longest request, the device two or three of the
         largest adapter, and the host so few that others are read from disk again.
         """
         model = load_model_config(self.folder)
         longest = max(len(case.prompt_ids) + case.num_tokens for case in self.cases)
-        num_blocks = -(-longest // BLOCK_SIZE) + 3  # one is padding
+        num_blocks = -(-longest // BLOCK_SIZE) + 1  # one is padding
         block_numbers = 2 * BLOCK_SIZE * model.num_kv_heads * model.head_dim * model.num_layers
         sizes = sorted(
             sum(pair.a.nbytes + pair.b.nbytes for pair in adapter.pairs.values())
@@ -95,8 +95,8 @@ class Base:
             adapter_memory=3 * sizes[-1],
             adapter_host_memory=sizes[-1],
             max_running=24,
-            max_batch_tokens=48,
-            prefill_chunk=24,
+            max_batch_tokens=96,
+            prefill_chunk=48,
         )
 
 

@@ -197,12 +197,14 @@ def draw_tenants(
     adapters, tables, passing = [], [], []
     for index in range(num_adapters):
         share = ("", "A", "B", "AB")[index % 4]
-        passing.append(pool.add(draw_adapter("gone", layout, share, generator), layout))
+        passing.append(
+            pool.place(pool.stage(draw_adapter("gone", layout, share, generator), layout))
+        )
         adapter = draw_adapter(f"tenant-{index + 1}", layout, share, generator, exact=exact)
         if index == 2:
             adapter = replace(adapters[1], name=adapter.name)
         adapters.append(adapter)
-        tables.append(pool.add(adapter, layout).page_table)
+        tables.append(pool.place(pool.stage(adapter, layout)).page_table)
         if index % 2:
             pool.release(passing.pop(0))
     return Tenants(layout, pool, adapters, tables)

@@ -115,7 +115,7 @@ def test_a_route_knows_its_caller(file: Path, admin: str, tenant: str) -> None:
     app, callers = make_app(file)
     for key in (admin, tenant):
         assert call(app, "/who", key)[0] == 200
-    assert callers == [Caller(None, True), Caller("acme", False)]
+    assert callers == [Caller(None), Caller("acme")]
 
 
 def test_without_a_file_everybody_is_an_admin() -> None:

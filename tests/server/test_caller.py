@@ -8,12 +8,12 @@ from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.errors import PermissionDeniedError
 from sharelora_serve.server.caller import ANONYMOUS_ADMIN, Caller, require_admin
 
-ACME = Caller(tenant="acme", is_admin=False)
-ADMIN = Caller(tenant=None, is_admin=True)
+ACME = Caller(tenant="acme")
+ADMIN = Caller(tenant=None)
 
 NAMES = st.sampled_from(["acme", "bolt", "a", "..", "", "-", "a b", "A.9_-"])
 MODELS = st.one_of(st.text(), st.lists(NAMES, max_size=4).map("/".join))
-CALLERS = st.sampled_from([ACME, Caller("bolt", False), Caller("A.9_-", False), ADMIN])
+CALLERS = st.sampled_from([ACME, Caller("bolt"), Caller("A.9_-"), ADMIN])
 
 
 def test_a_tenants_own_adapter_comes_before_the_public_one() -> None:

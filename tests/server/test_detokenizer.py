@@ -24,6 +24,14 @@ def stream(codec: TextCodec, token_ids: list[int], prompt_ids: list[int]) -> lis
     return [*(detokenizer.push(token_id) for token_id in token_ids), detokenizer.flush()]
 
 
+def bytes_and_specials(codec: TextCodec) -> list[list[int]]:
+    """A special token; then tokens of one byte, most of which are no characters by themselves."""
+    parts = (0x80, 0xC3, 0xA9, 0xE6, 0x97, 0xA5, 0xF0, 0x9F, 0x8D, 0x95, 0x61)
+    vocabulary = range(512)
+    ids = {codec.token_bytes(token_id): [token_id] for token_id in vocabulary}
+    return [[2], *(ids[bytes([part])] for part in parts)]
+
+
 @CODECS
 @given(text=TEXTS)
 @settings(deadline=None)
@@ -52,6 +60,59 @@ def test_the_pieces_of_any_tokens_joined_are_the_text_of_them_all(
     token_ids = data.draw(st.lists(token, max_size=40))
     expected = codec.decode(token_ids, skip_special_tokens=True)
     assert "".join(stream(codec, token_ids, [])) == expected
+
+
+@CODECS
+@given(data=st.data())
+@settings(deadline=None)
+def test_so_they_are_where_most_bytes_are_no_characters(
+    make_codec: Callable[[], TextCodec], data: st.DataObject
+) -> None:
+    codec = make_codec()
+    special, lone, *others, letter = bytes_and_specials(codec)
+    prompt, possible = special, [special, lone, *others, letter]
+    if make_codec is byte_fallback:
+        # A fallback's byte that is no UTF-8 changes what stands before it: so it comes first.
+        prompt, possible = lone, [special, lone, *others]
+    drawn = data.draw(st.lists(st.sampled_from(possible), max_size=40))
+    token_ids = [*prompt, *(token_id for tokens in drawn for token_id in tokens), *letter]
+    expected = codec.decode(token_ids, skip_special_tokens=True)
+    assert "".join(stream(codec, token_ids, [])) == expected
+    before = codec.decode(prompt, skip_special_tokens=True)
+    assert "".join([before, *stream(codec, token_ids[1:], prompt)]) == expected
+
+
+@CODECS
+def test_a_token_costs_the_same_however_many_before_it_completed_no_text(
+    make_codec: Callable[[], TextCodec],
+) -> None:
+    codec = make_codec()
+    num_decoded = 0
+
+    def decode(ids: list[int]) -> str:
+        nonlocal num_decoded
+        num_decoded += len(ids)
+        return codec.decode(ids, skip_special_tokens=True)
+
+    special, lone, *_ = bytes_and_specials(codec)
+    for prompt in lone, special, [], codec.encode("a", add_special_tokens=False):
+        for token_ids in special * 500, lone * 500, (lone + special) * 250:
+            detokenizer = IncrementalDetokenizer(decode, prompt)
+            for token_id in token_ids:
+                num_decoded = 0
+                detokenizer.push(token_id)
+                assert num_decoded < 64
+
+
+@CODECS
+def test_at_most_a_characters_tokens_are_held_back(make_codec: Callable[[], TextCodec]) -> None:
+    codec = make_codec()
+    special, lone, *_ = bytes_and_specials(codec)
+    pieces = stream(codec, (lone + special) * 50, [])
+    length = 0
+    for number, piece in enumerate(pieces[::2], start=1):
+        length += len(piece)
+        assert number - length <= 3
 
 
 @CODECS

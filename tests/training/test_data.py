@@ -1,5 +1,6 @@
 """Rows from files: what is learnt from them, and what is said of those that are wrong."""
 
+import copy
 import csv
 import json
 import random
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from sharelora_serve.errors import ConfigurationError
@@ -69,6 +71,35 @@ def test_prompt_and_completion_are_taken_as_they_are(
     assert row.line == 2
 
 
+def test_a_beginning_is_put_before_prompts_and_not_before_conversations(
+    tokenizer: Any, tmp_path: Path
+) -> None:
+    own = copy.deepcopy(tokenizer)
+    first = own.bos_token
+    own.backend_tokenizer.post_processor = TemplateProcessing(
+        single=f"{first} $A", special_tokens=[(first, own.bos_token_id)]
+    )
+    own.chat_template = "{% for message in messages %}{{ message.content }}{% endfor %}"
+    chat = {"messages": [{"role": role, "content": "red"} for role in ("user", "assistant")]}
+    plain = [{"prompt": prompt, "completion": "red"} for prompt in ("red", f"{first}red")]
+    rows = read_rows(written(tmp_path / "a.jsonl", chat, *plain), own, 512)
+    red = tokenizer("red").input_ids
+    begins = own.bos_token_id
+    assert [list(row.prompt_ids) for row in rows] == [
+        red,
+        [begins, *red],
+        [begins, begins, *red],  # as /v1/completions has it
+    ]
+
+
+def test_a_conversation_that_the_template_refuses_is_named(tokenizer: Any, tmp_path: Path) -> None:
+    own = copy.deepcopy(tokenizer)
+    own.chat_template = "{{ raise_exception('roles must alternate') }}"
+    chat = {"messages": [{"role": role, "content": "red"} for role in ("user", "assistant")]}
+    message = refusal(written(tmp_path / "a.jsonl", GOOD, chat), own)
+    assert "line 2: the base's chat template refuses it: roles must alternate" in message
+
+
 def test_csv_and_jsonl_give_the_same_rows_by_a_template(
     tokenizer: Any, tmp_path: Path, seed: int
 ) -> None:
@@ -111,7 +142,7 @@ GOOD = {"prompt": "a", "completion": "b"}
             {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]},
             "the answer is empty",
         ),
-        ({"prompt": "a", "completion": "b c " * 400}, "more than the 512 of --max-length"),
+        ({"prompt": "a", "completion": "b c " * 400}, "more than 512, which is --max-length"),
     ],
 )
 def test_a_wrong_line_is_named_with_what_to_do(
@@ -158,6 +189,10 @@ def test_what_is_no_text_in_a_field_is_named_and_not_learnt(tokenizer: Any, tmp_
     message = refusal(path, tokenizer, template=TEMPLATE)
     assert "2 lines to mend" in message
     assert "line 3: has not as many columns as the header" in message
+    path = written(tmp_path / "a.csv", "text,category", "", "a,b", "", "broken", '"c"d,e')
+    message = refusal(path, tokenizer, template=TEMPLATE)
+    assert "line 5: has not as many columns as the header" in message
+    assert "line 6: is not CSV (" in message
 
 
 def test_a_template_reaches_into_a_field(tokenizer: Any, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from adapters.examples import EXAMPLES, FOLDER
 from adapters.sources import COMMON_A
 from sharelora_serve.adapters.adapter import Adapter
 from sharelora_serve.adapters.format import read_adapter
+from sharelora_serve.adapters.summary import summarise
 from sharelora_serve.models.config import load_model_config
 from sharelora_serve.models.source import base_folder
 
@@ -26,6 +27,9 @@ def test_an_example_is_what_it_was_asked_to_be_and_has_a_card(name: str) -> None
     options = EXAMPLES[name][1]
     rank = options[options.index("--rank") + 1] if "--rank" in options else "16"
     assert adapter.config["r"] == int(rank)
+    share = options[options.index("--share") + 1] if "--share" in options else "A"
+    expected = "LoRA" if share == "none" else f"Share{share}"
+    assert summarise(adapter).sharing == expected
     card = (FOLDER / name / "README.md").read_text()
     assert card.startswith(f"# {name}\n")
     assert " ".join(options) in card

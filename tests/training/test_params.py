@@ -9,6 +9,7 @@ import pytest
 from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModel,
+    BartConfig,
     GPT2Config,
     LlamaConfig,
     PretrainedConfig,
@@ -108,6 +109,15 @@ def test_a_module_that_the_model_lacks_is_named_with_those_it_has(tmp_path: Path
     assert result.exit_code == 2
     assert "no module 'w_proj'; name some of attn.c_attn, attn.c_proj" in result.stderr
     assert "attn.c_attn.q" in result.stderr
+
+
+def test_a_model_of_an_encoder_and_a_decoder_is_refused(tmp_path: Path) -> None:
+    BartConfig(d_model=32, encoder_layers=2, decoder_layers=2, vocab_size=64).save_pretrained(
+        tmp_path
+    )
+    result = CliRunner().invoke(app, ["params", str(tmp_path)])
+    assert result.exit_code == 2
+    assert "has layers in decoder.layers., encoder.layers.; expected one stack" in result.stderr
 
 
 def test_the_table_is_one_for_people(tmp_path: Path) -> None:

@@ -3,7 +3,12 @@
 import math
 import random
 
+import pytest
+import torch
+
 from adapters.quality import FORMS, RATES, SEEDS, TASKS, Results, Run, best_rate, next_run
+from adapters.singular_values import effective_rank, singular_values
+from sharelora_serve.adapters.adapter import FactorPair
 
 
 def test_every_form_is_swept_past_its_best_rate_and_repeated_there(seed: int) -> None:
@@ -24,3 +29,13 @@ def test_every_form_is_swept_past_its_best_rate_and_repeated_there(seed: int) ->
         for again in SEEDS[1:]:
             rates = [run.rate for run in results if (run.form, run.seed) == (form, again)]
             assert rates == [peaks[form]]
+
+
+def test_singular_values_are_those_of_the_product(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    a, b = torch.randn(5, 40, generator=generator), torch.randn(30, 5, generator=generator)
+    found = singular_values(FactorPair(a.half(), b.half(), 1.5))
+    expected = torch.linalg.svdvals(1.5 * b.half().float() @ a.half().float())
+    assert found == pytest.approx(expected[:5].tolist(), rel=1e-4)
+    assert effective_rank([2.0, 2.0, 2.0]) == pytest.approx(3)
+    assert effective_rank([2.0, 0.0, 0.0]) == pytest.approx(1)

@@ -7,14 +7,17 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from transformers import AutoTokenizer, get_scheduler
 from typer.testing import CliRunner, Result
 
 from sharelora_serve.adapters.layout import MODULES
@@ -23,9 +26,9 @@ from sharelora_serve.config import ServeConfig
 from sharelora_serve.models.config import load_model_config
 from sharelora_serve.training.batches import collate
 from sharelora_serve.training.counts import Method
-from sharelora_serve.training.data import read_rows
+from sharelora_serve.training.data import Row, read_rows
 from sharelora_serve.training.factors import add_factors
-from sharelora_serve.training.settings import TrainSettings
+from sharelora_serve.training.settings import Schedule, TrainSettings
 from sharelora_serve.training.trainer import Trainer
 from tests.e2e.server_process import running_server
 from tests.golden.reference import load_reference, reference_with_peft
@@ -106,18 +109,25 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("number", "save_every"),
+    [(signal.SIGKILL, "5"), (signal.SIGTERM, "1000"), (signal.SIGINT, "1000")],
+)
 def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
-    number: signal.Signals, data: Path, tmp_path: Path, model_folder: Path, seed: int
+    number: signal.Signals,
+    save_every: str,
+    data: Path,
+    tmp_path: Path,
+    model_folder: Path,
+    seed: int,
 ) -> None:
-    options = ("--steps", "60", "--save-every", "5", "--dropout", "0.1", "--seed", str(seed))
-    options = (*options, "--threads", "1", "--dtype", "float32")
+    options = ("--steps", "60", "--dropout", "0.1", "--seed", str(seed))
+    options = (*options, "--save-every", save_every, "--threads", "1", "--dtype", "float32")
     stopped = tmp_path / "stopped"
     checkpoint = tmp_path / ".stopped.checkpoint" / "checkpoint.safetensors"
     with start(data, stopped, model_folder, *options) as process:
-        while not checkpoint.exists():
-            assert process.poll() is None, process.stderr and process.stderr.read()
-            time.sleep(0.01)
+        assert process.stderr is not None
+        assert any(line.startswith(b"step 20/") for line in process.stderr), "it ended before"
         process.send_signal(number)
         process.wait()
     assert not stopped.exists(), "it had ended before it could be stopped"
@@ -126,7 +136,9 @@ def test_a_run_that_is_stopped_goes_on_to_the_same_weights(
     others = train(data, stopped, model_folder, *options, "--resume", "--alpha", "5")
     assert others.exit_code == 2
     assert "alpha: 8.0 then, 5.0 now" in others.output
-    trained(data, stopped, model_folder, *options, "--resume")
+    said = trained(data, stopped, model_folder, *options, "--resume")
+    assert "step 60/60" in said
+    assert "step 10/60" not in said
     trained(data, tmp_path / "whole", model_folder, *options)
     found = load_file(stopped / "adapter_model.safetensors")
     expected = load_file(tmp_path / "whole" / "adapter_model.safetensors")
@@ -146,7 +158,7 @@ def test_the_loss_falls_and_the_card_tells_the_run_but_no_key(
     trained(data, output, model_folder, *options)
     card = (output / "README.md").read_text()
     assert f"    sharelora-serve train {data} {output} {' '.join(options)}\n" in card
-    for text in ("# learnt", "ShareA", "Words", "CC0-1.0", "35 trained on, 5 held out"):
+    for text in ("# learnt", "ShareA", "Words", "CC0-1.0", "35 of 35 trained on, 5 held out"):
         assert text in card
     curve = [line.split("|") for line in card.partition("## Curve")[2].splitlines()]
     losses = [float(cells[2]) for cells in curve if len(cells) > 2 and cells[1].strip().isdecimal()]
@@ -204,6 +216,12 @@ def test_loss_and_gradients_are_those_of_hugging_face_over_the_answers_alone(
         (("--resume",), "leave --resume out"),
         (("--user", "{prompt}"), "--user and --assistant go together"),
         (("--freeze-a-from", "no/such/adapter"), "no/such/adapter"),
+        (("--alpha", "0"), "changes nothing"),
+        (("--alpha", "nan"), "--alpha is nan, expected a finite number"),
+        (("--epochs", "inf"), "--epochs is inf"),
+        (("--learning-rate", "inf"), "--learning-rate is inf"),
+        (("--rank", "97"), "more than the 96 features of the widest layer"),
+        (("--max-length", "513"), "more than the base's context of 512 tokens"),
     ],
 )
 def test_what_does_not_go_together_is_told_before_any_step(
@@ -230,6 +248,64 @@ def test_a_rate_that_is_too_high_is_told(data: Path, tmp_path: Path, model_folde
     result = train(data, tmp_path / "out", model_folder, *options)
     assert result.exit_code == 2
     assert "give a lower --learning-rate than 1e+30" in result.output
+
+
+def test_what_the_stored_type_cannot_hold_is_told_and_can_be_written_in_another(
+    data: Path, tmp_path: Path, model_folder: Path
+) -> None:
+    options = ("--steps", "3", "--save-every", "3")
+    short = ("--rank", "4", "--batch-size", "4", "--hold-out", "5", "--learning-rate", "1e-9")
+    arguments = ["train", str(data), str(tmp_path / "out"), "--model", str(model_folder)]
+    arguments += [*short, *options]
+    refused = CliRunner().invoke(app, arguments)
+    assert refused.exit_code == 2
+    assert "does not fit float16" in refused.output
+    assert "give --resume --dtype float32" in refused.output
+    result = CliRunner().invoke(app, [*arguments, "--resume", "--dtype", "float32"])
+    assert result.exit_code == 0, result.output
+    assert "12 of 35 trained on" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_a_form_has_a_rate_of_its_own(data: Path, tmp_path: Path, model_folder: Path) -> None:
+    for form, options in FORMS.items():
+        arguments = ["train", str(data), str(tmp_path / form), "--model", str(model_folder)]
+        result = CliRunner().invoke(app, [*arguments, "--steps", "1", "--rank", "2", *options])
+        assert result.exit_code == 0, result.output
+        rate = "0.01" if form in ("frozen", "share-ab") else "0.003"
+        assert f"learning rate {rate}," in (tmp_path / form / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("schedule", "known_as"),
+    [("linear", "linear"), ("cosine", "cosine"), ("constant", "constant_with_warmup")],
+)
+def test_the_rate_goes_as_in_transformers(
+    schedule: Schedule, known_as: str, tmp_path: Path, model_folder: Path, seed: int
+) -> None:
+    drawn = random.Random(seed)
+    num_steps, warm_up = drawn.randint(20, 40), drawn.choice((0.0, 0.1, 0.3))
+    settings = TrainSettings(
+        MODULES[:1], Method("A"), schedule=schedule, warm_up=warm_up, num_steps=num_steps
+    )
+    model = load_reference(model_folder)
+    factors = add_factors(model, load_model_config(model_folder).layout("tiny"), settings)
+    rows = [Row((1, 2), (3,), line) for line in range(8)]
+    trainer = Trainer(model, factors, rows, [], settings, {})
+    rates: list[float] = []
+    hook = register_optimizer_step_pre_hook(
+        lambda optimizer, *_: rates.append(optimizer.param_groups[0]["lr"])
+    )
+    trainer.train(
+        tmp_path, save_every=99, evaluate_every=99, resume=False, stop=threading.Event(),
+        report=lambda _: None,
+    )  # fmt: skip
+    hook.remove()
+    num_warm = round(warm_up * num_steps)
+    optimizer = torch.optim.SGD(factors.trained.values(), lr=settings.learning_rate)
+    peer: Any = get_scheduler(known_as, optimizer, num_warm, num_steps)
+    # There the first step has a rate of 0; here none is in vain.
+    expected = [peer.lr_lambdas[0](step + (step < num_warm)) for step in range(num_steps)]
+    assert [rate / settings.learning_rate for rate in rates] == pytest.approx(expected)
 
 
 def test_a_run_on_another_base_than_before_is_not_gone_on_with(
