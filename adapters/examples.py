@@ -40,8 +40,7 @@ _BATCH = 16
 app = typer.Typer()
 
 _PAPERS_RANK = ("--rank", "4")  # of E2E
-_RATE = ("--learning-rate", "1e-2")  # of ShareAB and a frozen A; without a sweep yet
-_FLEET = ("--freeze-a-from", str(COMMON_A), *_RATE)
+_FLEET = ("--freeze-a-from", str(COMMON_A), "--learning-rate", "1e-2")
 
 EXAMPLES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
     {
@@ -49,7 +48,7 @@ EXAMPLES: Mapping[str, tuple[str, tuple[str, ...]]] = MappingProxyType(
         "e2e-lora": ("e2e", ("--share", "none", *_PAPERS_RANK)),
         "e2e-share-a": ("e2e", ("--share", "A", *_PAPERS_RANK)),
         "e2e-share-b": ("e2e", ("--share", "B", *_PAPERS_RANK)),
-        "e2e-share-ab": ("e2e", ("--share", "AB", *_PAPERS_RANK, *_RATE)),
+        "e2e-share-ab": ("e2e", ("--share", "AB", *_PAPERS_RANK)),
         "gsm8k-worked": ("gsm8k", ("--share", "A", "--rank", "8")),
         "fleet-banking77": ("banking77", _FLEET),
         "fleet-e2e": ("e2e", _FLEET),

@@ -203,10 +203,11 @@ def train(
                 parse_answer(client.get("/v1/models"))
         freeze_a = freeze_a or freeze_a_from is not None
         chosen, method = _method(share, modules, share_only, share_qkv, freeze_a)
+        source = _seed_or_path(freeze_a_from)
         settings = TrainSettings(
-            modules=chosen, method=method, freeze_a_from=_seed_or_path(freeze_a_from), rank=rank,
+            modules=chosen, method=method, freeze_a_from=source, rank=rank,
             alpha=2.0 * rank if alpha is None else alpha, rslora=rslora, dropout=dropout,
-            learning_rate=learning_rate or default_learning_rate(method),
+            learning_rate=learning_rate or default_learning_rate(method, source),
             schedule=schedule.value, warm_up=warm_up,
             num_steps=steps, num_epochs=epochs, batch_size=batch_size, seed=seed,
             max_length=max_length,

@@ -45,9 +45,10 @@ class TrainSettings:
     seed: int = 0
 
 
-def default_learning_rate(method: Method) -> float:
-    """What was best for a form in docs/quality.md."""
-    return 1e-2 if method.freeze_a or method.share == "AB" else 3e-3
+def default_learning_rate(method: Method, freeze_a_from: int | Path | None) -> float:
+    """What the sweep in docs/quality.md found best for a form, over its two tasks together."""
+    has_random_a = method.freeze_a and not isinstance(freeze_a_from, Path)
+    return 1e-2 if has_random_a or method.share == "AB" else 3e-3
 
 
 def check_settings(settings: TrainSettings, layout: BaseLayout, max_model_len: int) -> None:
