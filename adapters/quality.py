@@ -10,6 +10,7 @@ in sources.py.
 """
 
 import json
+import statistics
 import subprocess
 import time
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from loadtest.servers import our_server
 from sharelora_serve.cli.failure import EXIT_CODE
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
-_FIRST_RATES = (3e-3, 1e-2)  # then the neighbours of the best
+_FIRST_RATES = (3e-3, 1e-3, 1e-2)  # then the neighbours of the best
 SEEDS = (0, 1, 2)
 
 
@@ -37,6 +38,9 @@ class Task:
 
 
 TASKS = {"banking77": Task(1000, "accuracy"), "e2e": Task(300, "BLEU")}
+
+MARGIN = 2.0
+"""Points or BLEU by which runs of two seeds easily differ."""
 
 FORMS: dict[str, tuple[str, ...]] = {
     "LoRA": ("--share", "none"),
@@ -71,32 +75,47 @@ def read_results(path: Path) -> Results:
 
 
 def next_run(results: Results, task: str) -> Run | None:
-    """The sweep of every form with the first seed; then its best rate with the other seeds."""
+    """The sweep of every form with the first seed; then its close rates with the other seeds."""
     for form in FORMS:
         if (rate := next_rate(results, task, form)) is not None:
             return Run(task, form, rate, SEEDS[0])
     for seed in SEEDS[1:]:
         for form in FORMS:
-            if (run := Run(task, form, best_rate(results, task, form), seed)) not in results:
-                return run
+            for rate in close_rates(results, task, form):
+                if (run := Run(task, form, rate, seed)) not in results:
+                    return run
     return None
 
 
 def next_rate(results: Results, task: str, form: str) -> float | None:
-    """None once the best rate's neighbours in RATES were tried."""
+    """None once the best rate's neighbours in RATES were tried with the first seed."""
     known = sweep(results, task, form)
     for rate in _FIRST_RATES:
         if rate not in known:
             return rate
-    at = RATES.index(best_rate(results, task, form))
+    at = RATES.index(max(known, key=known.__getitem__))
     neighbours = RATES[max(0, at - 1) : at + 2]
     return next((rate for rate in neighbours if rate not in known), None)
 
 
-def best_rate(results: Results, task: str, form: str) -> float:
-    """Of the rates that were tried."""
+def close_rates(results: Results, task: str, form: str) -> list[float]:
+    """Those of which one seed alone does not say that another is better, ascending."""
     known = sweep(results, task, form)
-    return max(known, key=known.__getitem__)
+    least = max(known.values()) - MARGIN
+    return [rate for rate in RATES if known.get(rate, -1.0) >= least]
+
+
+def best_rate(results: Results, task: str, form: str) -> float:
+    """The close rate with the best mean over seeds; first those that have the most seeds."""
+    scores = {
+        rate: [
+            results[run][TASKS[task].score]
+            for seed in SEEDS
+            if (run := Run(task, form, rate, seed)) in results
+        ]
+        for rate in close_rates(results, task, form)
+    }
+    return max(scores, key=lambda rate: (len(scores[rate]), statistics.mean(scores[rate])))
 
 
 def sweep(results: Results, task: str, form: str) -> dict[float, float]:

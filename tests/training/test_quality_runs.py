@@ -6,7 +6,17 @@ import random
 import pytest
 import torch
 
-from adapters.quality import FORMS, RATES, SEEDS, TASKS, Results, Run, best_rate, next_run
+from adapters.quality import (
+    FORMS,
+    MARGIN,
+    RATES,
+    SEEDS,
+    TASKS,
+    Results,
+    Run,
+    best_rate,
+    next_run,
+)
 from adapters.singular_values import effective_rank, singular_values
 from sharelora_serve.adapters.adapter import FactorPair
 
@@ -20,7 +30,7 @@ def test_every_form_is_swept_past_its_best_rate_and_repeated_there(seed: int) ->
     while (run := next_run(results, task)) is not None:
         assert run not in results
         distance = abs(math.log(run.rate / peaks[run.form]))
-        results[run] = {score: 50 - distance + rng.random() * 0.1}
+        results[run] = {score: 50 - 10 * distance + rng.random() * 0.1}
     for form in FORMS:
         assert best_rate(results, task, form) == peaks[form]
         tried = [rate for rate in RATES if Run(task, form, rate, SEEDS[0]) in results]
@@ -29,6 +39,23 @@ def test_every_form_is_swept_past_its_best_rate_and_repeated_there(seed: int) ->
         for again in SEEDS[1:]:
             rates = [run.rate for run in results if (run.form, run.seed) == (form, again)]
             assert rates == [peaks[form]]
+
+
+def test_rates_that_one_seed_does_not_tell_apart_are_decided_by_all(seed: int) -> None:
+    rng = random.Random(seed)
+    task = rng.choice(list(TASKS))
+    score = TASKS[task].score
+    lucky, better = rng.sample((1e-3, 3e-3), 2)
+    results: Results = {}
+    while (run := next_run(results, task)) is not None:
+        of_rate = {lucky: 50 + MARGIN / 2, better: 50.0}
+        if run.seed != SEEDS[0]:
+            of_rate = {lucky: 50 - MARGIN, better: 50.0}
+        results[run] = {score: of_rate.get(run.rate, 10.0)}
+    for form in FORMS:
+        assert best_rate(results, task, form) == better
+        for rate in (lucky, better):
+            assert all(Run(task, form, rate, again) in results for again in SEEDS)
 
 
 def test_singular_values_are_those_of_the_product(seed: int) -> None:
