@@ -11,7 +11,6 @@ in sources.py.
 
 import json
 import statistics
-import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,6 @@ from rich.console import Console
 
 from adapters.sources import COMMON_A, WORK, command, test_file, train, train_common_a
 from loadtest.servers import our_server
-from sharelora_serve.cli.failure import EXIT_CODE
 
 RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _FIRST_RATES = (3e-3, 1e-3, 1e-2)  # then the neighbours of the best
@@ -128,20 +126,12 @@ def sweep(results: Results, task: str, form: str) -> dict[float, float]:
 
 
 def measure(run: Run, data: Path, url: str) -> dict[str, Any]:
-    """Train and evaluate; scores by name, and what the training took.
-
-    A training that is refused, since its losses were no longer finite, scores 0.
-    """
+    """Train and evaluate; scores by name, and what the training took."""
     task = TASKS[run.task]
     name = f"{run.form} {run.rate:g} {run.seed}".replace(",", "").replace(" ", "-")
     folder, report = WORK / run.task / name, WORK / run.task / "reports" / name
     options = ("--learning-rate", str(run.rate), "--seed", str(run.seed))
-    try:
-        training = train(data, run.task, folder, *FORMS[run.form], *options)
-    except subprocess.CalledProcessError as error:
-        if error.returncode != EXIT_CODE:
-            raise
-        return {task.score: 0.0, "failed": True}
+    training = train(data, run.task, folder, *FORMS[run.form], *options)
     command("adapters", "add", "trained", str(folder), "--replace", "--url", url)
     command(
         "evaluate", run.task, str(test_file(data, run.task)), "--model", "trained",

@@ -46,7 +46,7 @@ def mark(value: float, best: float) -> str:
 def seeds_table(results: Results, task: str) -> str:
     """Each form at its best rate with every seed, against LoRA, and the memory of training.
 
-    The first seed chose the rate. Differences are of runs of one seed, whose rows come in the same
+    Differences are of runs of one seed, whose rows come in the same
     order; their spread is the standard deviation over seeds.
     """
     score = TASKS[task].score
@@ -68,7 +68,7 @@ def seeds_table(results: Results, task: str) -> str:
                 seeds,
                 with_spread(scores),
                 with_spread(less, "+"),
-                format_bytes(max(run.get("training_bytes", 0) for run in runs)),
+                format_bytes(max(run["training_bytes"] for run in runs)),
             )
         )
     headings = (

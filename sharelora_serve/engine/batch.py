@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from sharelora_serve.engine.request import Request
+from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
+from sharelora_serve.engine.request import Request, SamplingParams
 from sharelora_serve.errors import ServeError
 
 
@@ -20,6 +21,26 @@ class ScheduledRequest:
     def needs_logits(self) -> bool:
         """Whether the chunk reaches the request's last token, so that the next one is sampled."""
         return self.num_tokens == self.request.num_uncomputed
+
+
+def padding(
+    num_tokens: int,
+    block_size: int,
+    adapter: AdapterVersion | None = None,
+    page_table: PageTable | None = None,
+) -> ScheduledRequest:
+    """A whole prompt of nobody's, to be computed in the padding block, which nobody reads."""
+    request = Request(
+        request_id="",
+        adapter=adapter,
+        prompt_ids=[0] * num_tokens,
+        sampling=SamplingParams(max_tokens=1),
+        arrived_at=0.0,
+        deliver=lambda _: None,
+        block_table=[0] * -(-num_tokens // block_size),
+        page_table=page_table,
+    )
+    return ScheduledRequest(request, num_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.adapters.residency import Waiting
 from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.config import ServeConfig
-from sharelora_serve.engine.batch import ScheduledRequest
+from sharelora_serve.engine.batch import padding
 from sharelora_serve.engine.device import (
     choose_device,
     choose_dtype,
@@ -38,7 +38,6 @@ from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.merge import fold_adapter
 from sharelora_serve.engine.merge_policy import MergePolicy
 from sharelora_serve.engine.merger import Merger
-from sharelora_serve.engine.request import Request, RequestOutput, SamplingParams
 from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.sampler import Sampler
 from sharelora_serve.engine.scheduler import Scheduler
@@ -325,10 +324,6 @@ def _eos_token_ids(
     return frozenset(t for t in found if 0 <= t < model.vocab_size)
 
 
-def _forget(_: RequestOutput) -> None:
-    """Deliver to nobody."""
-
-
 def _warm_up(
     runner: Runner,
     layout: BaseLayout,
@@ -353,17 +348,4 @@ def _warm_up(
     batches += [[1] * size for size in decode_sizes]
     for adapter, page_table in ((None, None), (AdapterVersion("", ""), table)):
         for batch in batches:
-            requests = [
-                Request(
-                    request_id="",
-                    adapter=adapter,
-                    prompt_ids=[0] * count,
-                    sampling=SamplingParams(max_tokens=1),
-                    arrived_at=0.0,
-                    deliver=_forget,
-                    block_table=[0] * -(-count // block_size),
-                    page_table=page_table,
-                )
-                for count in batch
-            ]
-            runner.run([ScheduledRequest(r, len(r.prompt_ids)) for r in requests])
+            runner.run([padding(count, block_size, adapter, page_table) for count in batch])

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
-from sharelora_serve.engine.batch import ScheduledRequest
+from sharelora_serve.engine.batch import ScheduledRequest, padding
 from sharelora_serve.engine.merge import subtract_pages
-from sharelora_serve.engine.request import Request, SamplingParams
+from sharelora_serve.engine.request import Request
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
 from sharelora_serve.models.decoder import Decoder
 from sharelora_serve.models.loader import ModelWeights
@@ -113,16 +113,7 @@ class Runner:
 
         Raises what the device does if it is at fault itself, and not a batch.
         """
-        probe = Request(
-            request_id="",
-            adapter=None,
-            prompt_ids=[0],
-            sampling=SamplingParams(max_tokens=1),
-            arrived_at=0.0,
-            deliver=lambda _: None,
-            block_table=[0],
-        )
-        logits, _ = self.run([ScheduledRequest(probe, 1)])
+        logits, _ = self.run([padding(1, 1)])
         logits.cpu()  # waits for the device
 
     def _from_numpy(self, array: npt.NDArray[Any]) -> Tensor:

@@ -344,7 +344,8 @@ class Scheduler:
     def _load_ahead(self, asked: dict[str, Waiting]) -> None:
         """Have the adapters loaded that the next waiting requests will need.
 
-        Behind a request that must be next nothing is loaded any more: it needs the room first.
+        What was asked for others is let go of: it would keep the room. Behind a request that must
+        be next nothing is loaded any more: it needs the room first.
         """
         seen: set[str] = set()
         num_prefetched = 0
@@ -358,7 +359,7 @@ class Scheduler:
                     self._adapters.prefetch(version)
             if entry.must_be_next:
                 break
-        for key in self._asked.keys() - seen:  # else what they keep may be what others wait for
+        for key in self._asked.keys() - seen:
             self._adapters.cancel(self._asked.pop(key))
 
     def _remove(self, entry: Entry) -> None:

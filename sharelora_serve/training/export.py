@@ -10,6 +10,7 @@ from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter
 from sharelora_serve.adapters.adapter_files import CONFIG_FILE, PEFT_FILE
+from sharelora_serve.adapters.cast import lost_in_cast
 from sharelora_serve.adapters.format import read_adapter
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.naming import canonical_path
@@ -17,8 +18,6 @@ from sharelora_serve.adapters.writer import write_compact, write_peft
 from sharelora_serve.errors import ConfigurationError
 from sharelora_serve.training.factors import Factors
 from sharelora_serve.training.settings import TrainSettings
-
-_MOST_LOST = 0.01  # of a factor's values, that may become zero in the stored type
 
 
 def export(
@@ -63,10 +62,9 @@ def export(
 
 def _round(factor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     stored = factor.to(dtype)
-    lost = ((stored == 0) & (factor != 0)).float().mean().item()
-    if not stored.isfinite().all() or lost > _MOST_LOST:
+    if lost := lost_in_cast(key, factor, stored):
         raise ConfigurationError(
-            f"{key} does not fit {str(dtype).removeprefix('torch.')}: {lost:.1%} of its values "
-            "would become 0, or some too large; give --resume --dtype float32"
+            f"the adapter does not fit {str(dtype).removeprefix('torch.')}: {lost}; give --resume "
+            "--dtype float32"
         )
     return stored

@@ -64,6 +64,14 @@ class Mail:
                 last[output.request_id] = output
         return last
 
+    def assert_takes_no_more(self) -> None:
+        """Of an engine that ends or has ended."""
+        self._engine._thread.join(PATIENCE_SECONDS)
+        assert not self._engine.is_alive
+        assert not self._engine.is_ready
+        with pytest.raises(EngineStoppedError):
+            self.submit("late", PROMPT, max_tokens=1)
+
 
 def hold(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
@@ -177,12 +185,10 @@ def test_stop_answers_running_waiting_and_unseen_requests_and_takes_no_more(
         may_go_on.set()
         last = mail.last_outputs(6)
         stopping.join(PATIENCE_SECONDS)
-        assert not engine.is_alive
         for output in last.values():
             assert output.finish_reason is FinishReason.ERROR
             assert isinstance(output.error, EngineStoppedError)
-        with pytest.raises(EngineStoppedError):
-            mail.submit("late", PROMPT, max_tokens=1)
+        mail.assert_takes_no_more()
 
 
 def test_a_bug_that_ends_the_engines_thread_answers_everyone_before(
@@ -202,10 +208,7 @@ def test_a_bug_that_ends_the_engines_thread_answers_everyone_before(
         may_go_on.set()
         last = mail.last_outputs(1)
         assert isinstance(last["running"].error, EngineStoppedError)
-        engine._thread.join(PATIENCE_SECONDS)
-        assert not engine.is_ready
-        with pytest.raises(EngineStoppedError):
-            mail.submit("late", PROMPT, max_tokens=1)
+        mail.assert_takes_no_more()
 
 
 def test_a_device_that_computes_nothing_any_more_ends_the_engine(
@@ -223,8 +226,4 @@ def test_a_device_that_computes_nothing_any_more_ends_the_engine(
         monkeypatch.setattr(engine._runner, "run", fail)
         mail.submit("meanwhile", PROMPT, max_tokens=2)
         assert mail.last_outputs(1)["meanwhile"].finish_reason is FinishReason.ERROR
-        engine._thread.join(PATIENCE_SECONDS)
-        assert not engine.is_alive
-        assert not engine.is_ready
-        with pytest.raises(EngineStoppedError):
-            mail.submit("after", PROMPT, max_tokens=2)
+        mail.assert_takes_no_more()

@@ -18,10 +18,9 @@ from sharelora_serve.cli.serve import _Server
 from sharelora_serve.config import ServeConfig
 from sharelora_serve.errors import StorageError
 from sharelora_serve.server.app import create_app
-from tests.server.idle_engine import IdleEngine, idle_context
+from tests.server.silent_engine import NO_ENGINE, SilentEngine, silent_context
 from tests.server.tokenizers import byte_level
 
-NO_ENGINE: Any = (None, None)  # it is touched when the server starts, not before
 SUMMARY = AdapterSummary("LoRA", False, (8,), ("self_attn.q_proj",), 1, 2, 64, 64)
 ACME = Published(
     AdapterName(None, "acme"), AdapterVersion("acme", "0" * 64), SUMMARY, False, False, 0
@@ -64,7 +63,7 @@ class SlowRegistry:
 def test_a_change_that_was_done_is_answered_though_its_versions_cannot_be_read() -> None:
     registry = FailingRegistry()
     app = create_app(NO_ENGINE, ServeConfig())
-    app.state.context = idle_context(IdleEngine(), byte_level(), registry=registry)
+    app.state.context = silent_context(SilentEngine(), byte_level(), registry=registry)
     client = TestClient(app)
     for path in "/v1/adapters/acme", "/v1/adapters/acme/pin":
         registry.is_readable = True
@@ -82,9 +81,9 @@ def test_a_change_that_was_done_is_answered_though_its_versions_cannot_be_read()
 
 
 def test_changes_that_wait_when_a_server_stops_are_refused_and_those_begun_end() -> None:
-    registry, engine = SlowRegistry(), IdleEngine()
+    registry, engine = SlowRegistry(), SilentEngine()
     app = create_app(NO_ENGINE, ServeConfig(drain_seconds=0.2))
-    app.state.context = idle_context(engine, byte_level(), registry=registry)
+    app.state.context = silent_context(engine, byte_level(), registry=registry)
     drain, names = app.state.drain, [f"adapter-{number}" for number in range(6)]
     with socket.create_server(("127.0.0.1", 0)) as listener:
         url = f"http://127.0.0.1:{listener.getsockname()[1]}"

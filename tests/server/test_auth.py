@@ -16,8 +16,7 @@ from sharelora_serve.server.app import create_app
 from sharelora_serve.server.auth import ADMIN_PATHS, OPEN_PATHS
 from sharelora_serve.server.caller import ANONYMOUS_ADMIN, Caller
 from sharelora_serve.server.keys import create_key
-
-NO_ENGINE: Any = (None, None)  # it is touched when the server starts, not before
+from tests.server.silent_engine import NO_ENGINE
 
 
 @pytest.fixture

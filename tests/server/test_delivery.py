@@ -19,7 +19,7 @@ from sharelora_serve.server.delivery import GenerationResponse
 from sharelora_serve.server.generation import Generation, Prompt
 from sharelora_serve.server.mailbox import Mailbox
 from sharelora_serve.server.shapes import ChatShape
-from tests.server.idle_engine import IdleEngine, idle_context, outcomes
+from tests.server.silent_engine import SilentEngine, outcomes, silent_context
 from tests.server.tokenizers import byte_level
 
 Send = Callable[[Any], Awaitable[None]]
@@ -36,10 +36,10 @@ JSON = st.recursive(
 
 
 async def deliver(
-    engine: IdleEngine, first: RequestOutput, send: Send, *, streams: bool, num_choices: int = 1
+    engine: SilentEngine, first: RequestOutput, send: Send, *, streams: bool, num_choices: int = 1
 ) -> dict[str, float]:
     """Send an answer whose choices begin with `first`; how it ended."""
-    context = idle_context(engine, byte_level(), Mailbox(asyncio.get_running_loop()))
+    context = silent_context(engine, byte_level(), Mailbox(asyncio.get_running_loop()))
     generation = Generation(
         context,
         request_fields={},
@@ -63,7 +63,7 @@ async def deliver(
 
 
 def test_a_choice_that_fails_before_the_first_event_ends_the_stream_with_its_error() -> None:
-    engine, body = IdleEngine(), b""
+    engine, body = SilentEngine(), b""
 
     async def send(message: Any) -> None:
         nonlocal body
@@ -93,7 +93,7 @@ def test_a_whole_answer_is_written_beside_the_event_loop(monkeypatch: pytest.Mon
         body += message.get("body", b"")
 
     monkeypatch.setattr(ChatShape, "answer", answer)
-    ended = asyncio.run(deliver(IdleEngine(), WHOLE, send, streams=False, num_choices=3))
+    ended = asyncio.run(deliver(SilentEngine(), WHOLE, send, streams=False, num_choices=3))
     assert len(json.loads(body)["choices"]) == 3
     assert ended == {"length": 1}
     assert threading.get_ident() not in written_by

@@ -9,8 +9,11 @@ from sharelora_serve.server.generation import GenerationContext
 from sharelora_serve.server.mailbox import Mailbox
 from sharelora_serve.server.metrics import Metrics
 
+NO_ENGINE: Any = (None, None)
+"""What create_app may be given: an engine is touched when the server starts, not before."""
 
-class IdleEngine:
+
+class SilentEngine:
     """As much of an engine as requests meet."""
 
     base_name = "tiny"
@@ -31,8 +34,8 @@ class IdleEngine:
         """Nothing runs."""
 
 
-def idle_context(
-    engine: IdleEngine, codec: TextCodec, mailbox: Mailbox | None = None, registry: Any = None
+def silent_context(
+    engine: SilentEngine, codec: TextCodec, mailbox: Mailbox | None = None, registry: Any = None
 ) -> GenerationContext:
     """What requests are answered with; without what a test does not need."""
     metrics = Metrics(cast(Any, engine), registry, num_named_adapters=9)
