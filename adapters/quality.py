@@ -12,6 +12,7 @@ in sources.py.
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -73,13 +74,13 @@ def read_results(path: Path) -> Results:
 
 
 def next_run(results: Results, task: str) -> Run | None:
-    """The sweep of every form with the first seed; then its close rates with the other seeds."""
+    """The sweep of every form with the first seed; then its close rates with another, and so on."""
     for form in FORMS:
         if (rate := next_rate(results, task, form)) is not None:
             return Run(task, form, rate, SEEDS[0])
-    for seed in SEEDS[1:]:
+    for at, seed in enumerate(SEEDS[1:], start=1):
         for form in FORMS:
-            for rate in close_rates(results, task, form):
+            for rate in close_rates(results, task, form, SEEDS[:at]):
                 if (run := Run(task, form, rate, seed)) not in results:
                     return run
     return None
@@ -87,7 +88,7 @@ def next_run(results: Results, task: str) -> Run | None:
 
 def next_rate(results: Results, task: str, form: str) -> float | None:
     """None once the best rate's neighbours in RATES were tried with the first seed."""
-    known = sweep(results, task, form)
+    known = mean_scores(results, task, form, SEEDS[:1])
     for rate in _FIRST_RATES:
         if rate not in known:
             return rate
@@ -96,32 +97,26 @@ def next_rate(results: Results, task: str, form: str) -> float | None:
     return next((rate for rate in neighbours if rate not in known), None)
 
 
-def close_rates(results: Results, task: str, form: str) -> list[float]:
-    """Those of which one seed alone does not say that another is better, ascending."""
-    known = sweep(results, task, form)
-    least = max(known.values()) - MARGIN
-    return [rate for rate in RATES if known.get(rate, -1.0) >= least]
+def close_rates(results: Results, task: str, form: str, seeds: Sequence[int]) -> list[float]:
+    """Those of which so many seeds do not say that another is better, ascending."""
+    known = mean_scores(results, task, form, seeds)
+    return [rate for rate, score in known.items() if score >= max(known.values()) - MARGIN]
 
 
 def best_rate(results: Results, task: str, form: str) -> float:
-    """The close rate with the best mean over seeds; first those that have the most seeds."""
-    scores = {
-        rate: [
-            results[run][TASKS[task].score]
-            for seed in SEEDS
-            if (run := Run(task, form, rate, seed)) in results
-        ]
-        for rate in close_rates(results, task, form)
-    }
-    return max(scores, key=lambda rate: (len(scores[rate]), statistics.mean(scores[rate])))
+    """The best in the mean, of the rates that have the most seeds."""
+    each = (mean_scores(results, task, form, SEEDS[:number]) for number in range(len(SEEDS), 0, -1))
+    known = next(scores for scores in each if scores)
+    return max(known, key=known.__getitem__)
 
 
-def sweep(results: Results, task: str, form: str) -> dict[float, float]:
-    """Scores of the first seed by learning rate."""
+def mean_scores(results: Results, task: str, form: str, seeds: Sequence[int]) -> dict[float, float]:
+    """Means over these seeds by learning rate, ascending, of the rates that have them all."""
+    runs = {rate: [Run(task, form, rate, seed) for seed in seeds] for rate in RATES}
     return {
-        run.rate: found[TASKS[task].score]
-        for run, found in results.items()
-        if (run.task, run.form, run.seed) == (task, form, SEEDS[0])
+        rate: statistics.mean(results[run][TASKS[task].score] for run in of_rate)
+        for rate, of_rate in runs.items()
+        if all(run in results for run in of_rate)
     }
 
 

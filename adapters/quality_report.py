@@ -19,9 +19,9 @@ from adapters.quality import (
     Results,
     Run,
     best_rate,
+    mean_scores,
     next_rate,
     read_results,
-    sweep,
 )
 from loadtest.markdown import table
 from sharelora_serve.config import format_bytes
@@ -31,7 +31,7 @@ def sweep_table(results: Results, task: str) -> str:
     """Scores of the first seed: forms down, learning rates across."""
     lines = []
     for form in FORMS:
-        known = sweep(results, task, form)
+        known = mean_scores(results, task, form, SEEDS[:1])
         best = max(known.values(), default=0.0)
         cells = ("" if rate not in known else mark(known[rate], best) for rate in RATES)
         lines.append((form, *cells))
@@ -89,7 +89,7 @@ def plot_rates(results: Results, path: Path) -> None:
     figure = Figure(figsize=(11, 4), layout="constrained")
     for axes, task in zip(figure.subplots(1, len(TASKS)), TASKS, strict=True):
         for form in FORMS:
-            points = sorted(sweep(results, task, form).items())
+            points = mean_scores(results, task, form, SEEDS[:1]).items()
             axes.plot(*zip(*points, strict=True), marker="o", label=form)
         axes.set(xscale="log", xlabel="learning rate", ylabel=TASKS[task].score, title=task)
         axes.legend(fontsize="small")

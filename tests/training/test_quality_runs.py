@@ -45,17 +45,18 @@ def test_rates_that_one_seed_does_not_tell_apart_are_decided_by_all(seed: int) -
     rng = random.Random(seed)
     task = rng.choice(list(TASKS))
     score = TASKS[task].score
-    lucky, better = rng.sample((1e-3, 3e-3), 2)
+    lucky, better, worse = rng.sample((1e-3, 3e-3, 1e-2), 3)
     results: Results = {}
     while (run := next_run(results, task)) is not None:
-        of_rate = {lucky: 50 + MARGIN / 2, better: 50.0}
+        of_rate = {lucky: 50 + MARGIN / 2, better: 50.0, worse: 50.0}
         if run.seed != SEEDS[0]:
-            of_rate = {lucky: 50 - MARGIN, better: 50.0}
+            of_rate = {lucky: 50 - MARGIN, better: 50.0, worse: 50 - 4 * MARGIN}
         results[run] = {score: of_rate.get(run.rate, 10.0)}
     for form in FORMS:
         assert best_rate(results, task, form) == better
-        for rate in (lucky, better):
-            assert all(Run(task, form, rate, again) in results for again in SEEDS)
+        for rate, seeds in ((lucky, SEEDS), (better, SEEDS), (worse, SEEDS[:2])):
+            runs = [run for run in results if (run.form, run.rate) == (form, rate)]
+            assert [run.seed for run in runs] == list(seeds)
 
 
 def test_singular_values_are_those_of_the_product(seed: int) -> None:
