@@ -392,7 +392,7 @@ class AdapterCache:
                     victim = self._evict(entry)
                     if victim is None and self._epoch == epoch:
                         entry.refused_at = epoch
-                        entry.factors = factors if staged is None else tuple(staged.rows)
+                        entry.factors = factors if staged is None else tuple(staged.factors)
                         if entry.num_pins:
                             self._homeless.add(entry)
                         if entry.is_wanted and not self._will_have_room(entry):

@@ -1,8 +1,9 @@
 """The matrix pool: rank pages of every adapter on the device, equal factors stored once.
 
 A rank page is PAGE_RANK rank rows of `features` numbers. A factor is a list of pages: A (r, in) as
-it is, B (out, r) transposed, the last page padded with zero rows. Factors are addressed by content,
-so LoRA, ShareA, ShareB, ShareAB and a common A of many adapters differ only in their page tables.
+it is, B (out, r) transposed, the last page padded with zero rows. An int8 page has a scale, which
+page tables multiply into the adapter's. Factors are addressed by content, so LoRA, ShareA, ShareB,
+ShareAB and a common A of many adapters differ only in their page tables.
 """
 
 import hashlib
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter, PageTable
-from sharelora_serve.adapters.cast import lost_in_cast
+from sharelora_serve.adapters.cast import CastFactor, cast_factor
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK, PageAllocator, PoolFullError
 from sharelora_serve.adapters.transfer import CopyStream
@@ -29,7 +30,7 @@ _MAX_LISTED = 10  # problems spelled out in one message; the rest are counted
 
 
 class FactorKey(NamedTuple):
-    """What makes two factors one: rank-major bytes in the pool's dtype, and shape."""
+    """What makes two factors one: rank-major bytes in the pool's dtype, scales and shape."""
 
     digest: bytes
     rank: int
@@ -64,13 +65,13 @@ class StagedAdapter:
     """An adapter cast and hashed for one pool, so that placing it again costs no second pass.
 
     pairs         in the order of the page table's entries
-    rows          every distinct factor, (rank, features) in the pool's dtype on the host
+    factors       every distinct one, in the pool's dtype on the host
     num_entries   of the page table
     num_expanded  elements of the factors if every pair had its own: plain LoRA
     """
 
     pairs: list[_StagedPair]
-    rows: dict[FactorKey, Tensor] = field(repr=False)
+    factors: dict[FactorKey, CastFactor] = field(repr=False)
     num_entries: int
     num_expanded: int
 
@@ -161,11 +162,11 @@ class MatrixPool:
 
     def check(self, adapter: Adapter) -> None:
         """Raise AdapterInvalidError if the dtype or an empty pool could not hold the adapter."""
-        lost = [
-            lost_in_cast(name, rows, rows.to(self.dtype))
+        lost = {
+            name: cast_factor(rows, self.dtype).lost
             for name, rows in _distinct_factors(adapter).values()
-        ]
-        self._refuse(adapter, [problem for problem in lost if problem])
+        }
+        self._refuse(adapter, lost)
         self._check_fits(_pages_alone(adapter))
 
     def num_bytes_for(self, adapter: Adapter) -> int:
@@ -175,28 +176,27 @@ class MatrixPool:
     def stage(self, adapter: Adapter, layout: BaseLayout) -> StagedAdapter:
         """Cast and hash an adapter's factors; AdapterInvalidError if the dtype cannot hold one.
 
-        A value that overflows, or more than 1 % of a factor's nonzero values lost to underflow,
-        is refused. Changes nothing in the pool.
+        Refused are values that overflow, more than 1 % of a factor's nonzero values lost to
+        underflow, and a rank row that int8 changes by a tenth. Changes nothing in the pool.
         """
         keys: dict[tuple[int, str], FactorKey] = {}
-        rows: dict[FactorKey, Tensor] = {}
-        problems: list[str] = []
+        factors: dict[FactorKey, CastFactor] = {}
+        lost: dict[str, str | None] = {}
         for identity, (name, original) in _distinct_factors(adapter).items():
             cast = self._cast(original)
-            if problem := lost_in_cast(name, original, cast):
-                problems.append(problem)
-            digest = hashlib.sha256(cast.view(torch.uint8).numpy().data).digest()
-            rank, features = cast.shape
-            keys[identity] = key = FactorKey(digest, rank, features)
-            rows.setdefault(key, cast)
-        self._refuse(adapter, problems)
+            lost[name] = cast.lost
+            content = hashlib.sha256(cast.rows.view(torch.uint8).numpy().data)
+            content.update(cast.scales.data)
+            keys[identity] = key = FactorKey(content.digest(), *cast.rows.shape)
+            factors.setdefault(key, cast)
+        self._refuse(adapter, lost)
         pairs = []
         for place, pair in adapter.pairs.items():
             a, b = keys[id(pair.a), "lora_A"], keys[id(pair.b), "lora_B"]
             pairs.append(_StagedPair(layout.entry(*place), a, b, pair.scaling))
         assert all(pair.a.rank == pair.b.rank for pair in pairs), "A and B differ in rank"
         num_expanded = sum(pair.a.rank * (pair.a.features + pair.b.features) for pair in pairs)
-        return StagedAdapter(sorted(pairs), rows, layout.num_entries, num_expanded)
+        return StagedAdapter(sorted(pairs), factors, layout.num_entries, num_expanded)
 
     def check_room(self, factors: Collection[FactorKey]) -> None:
         """Raise as `place` does if an adapter of these factors found no room now."""
@@ -213,21 +213,21 @@ class MatrixPool:
         """
         with self._placing:
             with self._lock:
-                new, pages = self._allocate(staged.rows)
+                new, pages = self._allocate(staged.factors)
                 for key in new:
                     taken = [next(pages[key.features]) for _ in range(key.num_pages)]
                     self._factors[key] = _Factor(taken)
                     self._num_used += key.num_elements
-                for key in staged.rows:
+                for key in staged.factors:
                     self._factors[key].num_references += 1
                 self._num_expanded += staged.num_expanded
                 table = self._page_table(staged)
-                resident = Resident(table, tuple(staged.rows), staged.num_expanded)
+                resident = Resident(table, tuple(staged.factors), staged.num_expanded)
                 self._residents.add(resident)
             try:
                 with nullcontext() if self._copies is None else self._copies.copying():
                     for key in new:
-                        self._write(key, staged.rows[key])
+                        self._write(key, staged.factors[key].rows)
             except BaseException:
                 self.release(resident)
                 raise
@@ -293,16 +293,17 @@ class MatrixPool:
             self._check_fits(_page_counts(factors))
             raise
 
-    def _refuse(self, adapter: Adapter, problems: list[str]) -> None:
-        if problems:
+    def _refuse(self, adapter: Adapter, lost: Mapping[str, str | None]) -> None:
+        if problems := [f"{name}: {what}" for name, what in lost.items() if what]:
             listed = problems[:_MAX_LISTED]
             if len(problems) > _MAX_LISTED:
                 listed.append(f"and {len(problems) - _MAX_LISTED} more factors")
             dtype = str(self.dtype).removeprefix("torch.")
+            wider = "--adapter-dtype auto" if dtype == "int8" else "--dtype float32 or bfloat16"
             raise AdapterInvalidError(
                 f"adapter {adapter.name!r} cannot be held in {dtype}:\n  "
                 + "\n  ".join(listed)
-                + "\nServe with --dtype float32 or bfloat16, or rescale the factors: "
+                + f"\nServe with {wider}, or rescale the factors: "
                 "B times c and A divided by c are the same adapter."
             )
 
@@ -331,19 +332,23 @@ class MatrixPool:
         a_pages = chain.from_iterable(self._factors[pair.a].pages for pair in staged.pairs)
         b_pages = chain.from_iterable(self._factors[pair.b].pages for pair in staged.pairs)
         num_pages = [pair.a.num_pages for pair in staged.pairs]
-        scaling = np.array([pair.scaling for pair in staged.pairs], dtype=np.float32)
+        scaling = np.repeat([pair.scaling for pair in staged.pairs], num_pages)
+        for keys in ([pair.a for pair in staged.pairs], [pair.b for pair in staged.pairs]):
+            scaling *= np.concatenate([staged.factors[key].scales for key in keys])
         return PageTable(
             offsets=offsets,
             a_pages=np.fromiter(a_pages, dtype=np.int32),
             b_pages=np.fromiter(b_pages, dtype=np.int32),
-            scaling=np.repeat(scaling, num_pages),
+            scaling=scaling.astype(np.float32),
         )
 
-    def _cast(self, original: Tensor) -> Tensor:
-        """Rows in the pool's dtype, where the device copies them from."""
+    def _cast(self, original: Tensor) -> CastFactor:
+        """In the pool's dtype, where the device copies it from."""
+        cast = cast_factor(original, self.dtype)
         if self._copies is None:
-            return original.to(self.dtype).contiguous()
-        return self._copies.host_memory(original.shape, self.dtype).copy_(original)
+            return cast
+        rows = self._copies.host_memory(cast.rows.shape, self.dtype).copy_(cast.rows)
+        return cast._replace(rows=rows)
 
     def _write(self, key: FactorKey, rows: Tensor) -> None:
         """Copy a factor into its pages, a run of neighbours at a time, and zero the padding."""

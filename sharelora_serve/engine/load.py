@@ -92,6 +92,7 @@ def load_engine(
     tokenizer = _tokenizer(folder)
     device = choose_device(config)
     dtype = choose_dtype(config, model, device)
+    adapter_dtype = torch.int8 if config.adapter_dtype == "int8" else dtype
     kernels = kernels or choose_kernels(config, model, dtype, device)
     # The compiled kernels share torch's OpenMP runtime. Its threads spin while they wait for work,
     # but only as long as there are no more of them than processors: torch must not add its own.
@@ -99,7 +100,7 @@ def load_engine(
     layout = model.layout(config.base_name)
     wake = threading.Event()
     assert PAGE_RANK == KERNELS_PAGE_RANK, "the pool's pages are not those that the kernels read"
-    pool = MatrixPool(config.adapter_memory, layout.feature_counts, dtype, device)
+    pool = MatrixPool(config.adapter_memory, layout.feature_counts, adapter_dtype, device)
     store = AdapterStore(config.store_folder, layout)
     adapters = AdapterCache(
         layout,
@@ -126,6 +127,7 @@ def load_engine(
             watched.start()
         kv_cache, kv_memory_bytes = _kv_cache(config, model, kernels, dtype)
         max_model_len = _max_model_len(config, model, kv_cache.max_tokens)
+        fold = None if merged is None else fold_adapter(merged.adapter, dtype, adapter_dtype)
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
         with Progress(*columns, console=console, transient=True) as progress:
             task = progress.add_task("Loading the layers", total=model.num_layers)
@@ -136,7 +138,7 @@ def load_engine(
                 kernels,
                 device=device,
                 max_positions=max_model_len,
-                fold=fold_adapter(merged.adapter, dtype) if merged is not None else None,
+                fold=fold,
                 on_layer=lambda layer: progress.update(task, completed=layer + 1),
             )
         graphs = choose_graphs(kernels, device, config.max_running, max_model_len)
@@ -158,7 +160,7 @@ def load_engine(
     merger = None
     if config.merge == "auto":
 
-        def fold(adapter: Adapter, is_wanted: Callable[[], bool]) -> ModelWeights | None:
+        def fold_again(adapter: Adapter, is_wanted: Callable[[], bool]) -> ModelWeights | None:
             return fold_weights(
                 weights,
                 model,
@@ -166,7 +168,7 @@ def load_engine(
                 kernels,
                 device=device,
                 modules={module for _, module in adapter.pairs},
-                fold=fold_adapter(adapter, dtype),
+                fold=fold_adapter(adapter, dtype, adapter_dtype),
                 is_wanted=is_wanted,
             )
 
@@ -175,16 +177,17 @@ def load_engine(
             weights,
             adapters,
             MergePolicy(),
-            fold_weights=fold,
+            fold_weights=fold_again,
         )
     eos_token_ids = _eos_token_ids(folder, model, tokenizer)
     logger.info(
-        "base %s: %s, kernels %s, %s on %s, context %d, KV cache %d tokens",
+        "base %s: %s, kernels %s, %s on %s, adapters %s, context %d, KV cache %d tokens",
         config.base_name,
         model.architecture,
         kernels.name,
         str(dtype).removeprefix("torch."),
         device,
+        str(adapter_dtype).removeprefix("torch."),
         max_model_len,
         kv_cache.max_tokens,
     )
@@ -346,6 +349,6 @@ def _warm_up(
     # Rows of each request: one prompt, or as many requests of one row each.
     batches = [[min(num_tokens, max_batch_tokens)] for num_tokens in _WARM_UP_TOKENS]
     batches += [[1] * size for size in decode_sizes]
-    for adapter, page_table in ((None, None), (AdapterVersion("", ""), table)):
+    for adapter, page_table in ((AdapterVersion("", ""), table), (None, None)):
         for batch in batches:
             runner.run([padding(count, block_size, adapter, page_table) for count in batch])

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter, PageTable
+from sharelora_serve.adapters.cast import cast_factor
 from sharelora_serve.errors import ConfigurationError
 from sharelora_serve.models.loader import Fold
 
@@ -12,8 +13,8 @@ _MOST_GROWTH = {torch.float32: 1024.0}  # it has bits to spare
 _MOST_GROWTH_OF_HALVES = 2.0
 
 
-def fold_adapter(adapter: Adapter, dtype: torch.dtype) -> Fold:
-    """W -> W + scaling * B A, with the factors as a pool of `dtype` holds them.
+def fold_adapter(adapter: Adapter, dtype: torch.dtype, adapter_dtype: torch.dtype) -> Fold:
+    """W of `dtype` -> W + scaling * B A, with the factors as a pool of `adapter_dtype` holds them.
 
     The others subtract the pool's factors again, so these and no finer ones are folded in. What
     they are left with is W as precise as the sum is: ConfigurationError where the sum is so much
@@ -25,8 +26,11 @@ def fold_adapter(adapter: Adapter, dtype: torch.dtype) -> Fold:
         pair = adapter.pairs.get((layer, module))
         if pair is None:
             return weight
-        a, b = (factor.to(weight.device, dtype).float() for factor in (pair.a, pair.b))
-        folded = weight + pair.scaling * (b @ a)
+        a, b = (
+            cast_factor(rows, adapter_dtype).restored().to(weight.device)
+            for rows in (pair.a, pair.b.T)
+        )
+        folded = weight + pair.scaling * (b.T @ a)
         growth = float(folded.norm() / weight.norm())
         if not growth <= limit:
             finer = "" if dtype == torch.float32 else "with --dtype float32 or "

@@ -47,8 +47,8 @@ def add_adapters(
     entry    of the page table, of the first module whose outputs stand in `out`
     columns  (num_modules + 1)                        where the outputs of each begin, and the end
 
-    The batch's arena is of one of these types too. Sums in float32 and rounds once, into `out`. No
-    tensor but the arena has 2^31 elements.
+    The batch's arena is of one of these types too, or int8. Sums in float32 and rounds once, into
+    `out`. No tensor but the arena has 2^31 elements.
     """
     _add_adapters(
         x,
@@ -144,8 +144,10 @@ def _check(
     columns: Sequence[int],
 ) -> None:
     num_tokens = len(x)
+    for dtype in (x.dtype, out.dtype):
+        assert dtype in _TRITON_DTYPES, f"no kernel for {dtype}"
+    assert arena.dtype in (*_TRITON_DTYPES, torch.int8), f"no kernel for {arena.dtype} factors"
     for tensor in (x, out, arena):
-        assert tensor.dtype in _TRITON_DTYPES, f"no kernel for {tensor.dtype}"
         assert tensor.stride(-1) == 1, "the elements of a row do not stand together"
     for tensor in (row_adapter, offsets, a_pages, b_pages):
         assert tensor.dtype == torch.int32, "a page table is not int32"
@@ -190,7 +192,7 @@ def choose_launch(
     arena_dtype: torch.dtype,
 ) -> Launch:
     """Few rows are spread over many programs, many rows share what each program reads."""
-    compute = x_dtype if x_dtype == arena_dtype else torch.float32
+    compute = x_dtype if arena_dtype in (x_dtype, torch.int8) else torch.float32
     spread = num_tokens <= _MAX_SPREAD_TOKENS
     sliced = num_tokens <= _MAX_SLICED_TOKENS
     tile = 16 if sliced else 32
@@ -198,6 +200,8 @@ def choose_launch(
     is_half = compute.itemsize == 2
     block_rank = 16 if spread else min(32, max_rank)
     block_k = (128 if spread else 64) if is_half else 32
+    if arena_dtype == torch.int8 and not sliced:
+        block_k = 32  # with 64 it spills
     slice_size = max(_MIN_SLICE, triton.cdiv(triton.cdiv(in_features, _MAX_SLICES), 128) * 128)
     num_slices = triton.cdiv(in_features, slice_size)
     slices_per_part = 1 if sliced else num_slices

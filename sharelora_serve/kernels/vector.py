@@ -1,6 +1,6 @@
 """Numbers as they are stored and as they are computed with, as LLVM intrinsics for numba.
 
-Numbers in memory are float32, float16 (seen by numba as uint16) or bfloat16 (seen as int16);
+Numbers in memory are float32, float16 (seen by numba as uint16), bfloat16 (seen as int16) or int8;
 arithmetic is always float32.
 """
 
@@ -28,6 +28,8 @@ def widen(builder: Any, bits: Any, dtype: Any, lanes: int) -> Any:
 
     if dtype == types.uint16:
         return builder.fpext(builder.bitcast(bits, shaped(ir.HalfType())), shaped(FLOAT))
+    if dtype == types.int8:
+        return builder.sitofp(bits, shaped(FLOAT))
     if dtype == types.int16:
         wide = builder.zext(bits, shaped(ir.IntType(32)))
         shift = ir.Constant(shaped(ir.IntType(32)), [16] * lanes if lanes else 16)

@@ -62,9 +62,9 @@ def export(
 
 def _round(factor: Tensor, dtype: torch.dtype, key: str) -> Tensor:
     stored = factor.to(dtype)
-    if lost := lost_in_cast(key, factor, stored):
+    if lost := lost_in_cast(factor, stored):
         raise ConfigurationError(
-            f"the adapter does not fit {str(dtype).removeprefix('torch.')}: {lost}; give --resume "
-            "--dtype float32"
+            f"the adapter does not fit {str(dtype).removeprefix('torch.')}: {key}: {lost}; give "
+            "--resume --dtype float32"
         )
     return stored

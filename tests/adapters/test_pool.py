@@ -146,7 +146,7 @@ class PoolMachine(RuleBasedStateMachine):
     def check_room(self, adapter: Adapter) -> type[Exception] | None:
         """What the pool would raise, or None if there is room."""
         try:
-            self.pool.check_room(self.pool.stage(adapter, LAYOUT).rows)
+            self.pool.check_room(self.pool.stage(adapter, LAYOUT).factors)
         except (PoolFullError, AdapterInvalidError) as error:
             return type(error)
         return None
@@ -309,6 +309,54 @@ def test_one_tensor_used_as_a_and_as_b_is_read_in_each_orientation() -> None:
     table = add(pool, Adapter("square", "square", pairs, config={}), layout).page_table
     assert torch.equal(pool.view(8)[table.a_pages[0]], square)
     assert torch.equal(pool.view(8)[table.b_pages[0]], square.T)
+
+
+def test_int8_page_has_a_scale_in_that_of_who_uses_it_and_is_off_by_half_a_step(
+    seed: int,
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.int8, "cpu")
+    a = torch.randn(11, 24, generator=generator)
+    pairs = {  # A and twice A are not the same factor, though they are the same whole numbers
+        (layer, "mlp.up_proj"): FactorPair(
+            factor, 1e-3 * torch.randn(40, 11, generator=generator), 1.5
+        )
+        for layer, factor in enumerate((a, 2 * a, a))
+    }
+    table = add(pool, Adapter("in-int8", "in-int8", pairs, config={}), LAYOUT).page_table
+    assert pool.stats().num_factors == 5
+    assert pool.stats().used_bytes == 2 * (2 * PAGE_RANK * 24) + 3 * (2 * PAGE_RANK * 40)
+    for (layer, module), pair in pairs.items():
+        first = table.offsets[LAYOUT.entry(layer, module)]
+        for place in range(2):
+            scaling = pair.scaling
+            for pages, rows in ((table.a_pages, pair.a), (table.b_pages, pair.b.T)):
+                original = rows[place * PAGE_RANK : (place + 1) * PAGE_RANK]
+                step = float(original.abs().max()) / 127
+                held = pool.view(rows.shape[1])[int(pages[first + place])][: len(original)]
+                assert (held - original / step).abs().max() <= 0.501
+                assert held.abs().max() == 127
+                scaling *= step
+            assert table.scaling[first + place] == pytest.approx(scaling, rel=1e-6)
+
+
+def test_rank_row_that_int8_would_lose_is_refused_unless_it_is_zero() -> None:
+    pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.int8, "cpu")
+
+    def adapter(times: float) -> Adapter:
+        a = factor(9, 24, seed=1)
+        a[3] *= times
+        pairs = {(1, "mlp.up_proj"): FactorPair(a, factor(9, 40, seed=2).T, 1.0)}
+        return Adapter("uneven", "uneven", pairs, config={})
+
+    for refuse in (lambda: add(pool, adapter(1e-3), LAYOUT), lambda: pool.check(adapter(1e-3))):
+        with pytest.raises(AdapterInvalidError) as caught:
+            refuse()
+        assert "model.layers.1.mlp.up_proj.lora_A: rank row 3 would be" in caught.value.message
+        assert "--adapter-dtype auto" in caught.value.message
+    for times in (0.0, 0.25, 1.0):
+        pool.check(adapter(times))
+        add(pool, adapter(times), LAYOUT)
 
 
 @pytest.mark.parametrize(

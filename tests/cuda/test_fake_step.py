@@ -154,27 +154,36 @@ def check(answers: list[list[RequestOutput]]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("architecture", "dtype"),
+    ("architecture", "dtype", "adapter_dtype"),
     [
-        *((architecture, "bfloat16") for architecture in ARCHITECTURES),
-        ("qwen3", "float16"),
-        ("qwen3", "float32"),
+        *((architecture, "bfloat16", "auto") for architecture in ARCHITECTURES),
+        ("qwen3", "float16", "auto"),
+        ("qwen3", "float32", "auto"),
+        ("qwen3", "bfloat16", "int8"),
     ],
 )
 def test_every_base_is_loaded_and_served(
-    architecture: str, dtype: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    architecture: str,
+    dtype: str,
+    adapter_dtype: str,
+    seed: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    with fake_server(tmp_path, architecture, seed, monkeypatch, dtype=dtype) as loaded:
+    settings = {"dtype": dtype, "adapter_dtype": adapter_dtype}
+    with fake_server(tmp_path, architecture, seed, monkeypatch, **settings) as loaded:
         runner = loaded.engine._runner
         assert {part.device.type for part in runner._decoder._kv_cache} == {"cuda"}
         assert runner._arena.device.type == "cuda"
         serve_some(loaded)
 
 
+@pytest.mark.parametrize("adapter_dtype", ["auto", "int8"])
 def test_a_server_warms_up_evicts_merges_and_unmerges(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapter_dtype: str, seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = {"adapter_memory": 220 * 1024, "merge": "auto"}
+    room = {"auto": 220 * 1024, "int8": 110 * 1024}[adapter_dtype]
+    settings = {"adapter_dtype": adapter_dtype, "adapter_memory": room, "merge": "auto"}
     with fake_server(tmp_path, "smollm", seed, monkeypatch, **settings) as loaded:
         engine, runner = loaded.engine, loaded.engine._runner
         merger = engine._merger

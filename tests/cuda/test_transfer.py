@@ -56,7 +56,7 @@ def test_pages_are_written_after_the_kernels_that_read_them_and_there_when_place
     assert not diary
     pool.release(pool.place(staged))
     num_factors = diary.count("write")
-    assert num_factors == len(staged.rows) > 0
+    assert num_factors == len(staged.factors) > 0
     expected = ["wait for kernels", "begin", *["write"] * num_factors, "end", "synchronize"]
     assert diary == expected
     pool.place(staged)  # into pages that kernels may still read

@@ -114,7 +114,7 @@ class TinyModel:
         fold = None
         if merged is not None:
             adapter = read_adapter(adapters_folder / merged, self.layout, name=merged)
-            fold = fold_adapter(adapter, dtype)
+            fold = fold_adapter(adapter, dtype, dtype)
         kernels = CpuKernels()
         weights = load_weights(
             folder,
@@ -264,7 +264,7 @@ class TinyModel:
             self.decoder._kernels,
             device=CPU,
             modules={module for _, module in adapter.pairs},
-            fold=fold_adapter(adapter, self.dtype),
+            fold=fold_adapter(adapter, self.dtype, self.dtype),
             is_wanted=is_wanted,
         )
 

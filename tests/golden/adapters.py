@@ -112,22 +112,24 @@ def write_adapters(
     seed: int,
     strength: float,
     names: Iterable[str] = tuple(FORMS),
+    *,
+    in_int8: bool = False,
 ) -> dict[str, Adapter]:
     """Draw an adapter of each form, write it to a folder under its name; what they compute.
 
     model     the base that they adapt, for its shapes
     strength  how far a module's outputs move, on inputs of mean square 1, whatever the scale
+    in_int8   every value is a whole number of steps, at most 127, and each page has one of 127
     """
     return {
-        name: _write(folder / name, FORMS[name], model, seed, index, strength)
+        name: _write(
+            folder / name, FORMS[name], _draw(FORMS[name], model, seed, index, strength, in_int8)
+        )
         for index, name in enumerate(names)
     }
 
 
-def _write(
-    folder: Path, form: Form, model: PreTrainedModel, seed: int, index: int, strength: float
-) -> Adapter:
-    pairs = _draw(form, model, seed, index, strength)
+def _write(folder: Path, form: Form, pairs: dict[tuple[int, str], FactorPair]) -> Adapter:
     config: dict[str, Any] = {
         "peft_type": "SHARELORA" if form.compact else "LORA",
         "task_type": "CAUSAL_LM",
@@ -155,7 +157,7 @@ def _write(
 
 
 def _draw(
-    form: Form, model: PreTrainedModel, seed: int, index: int, strength: float
+    form: Form, model: PreTrainedModel, seed: int, index: int, strength: float, in_int8: bool
 ) -> dict[tuple[int, str], FactorPair]:
     generator = torch.Generator().manual_seed(seed + index)
     a_generator = torch.Generator().manual_seed(seed - 1) if form.common_a else generator
@@ -170,6 +172,8 @@ def _draw(
             a = torch.randn(rank, in_features, generator=a_generator) / math.sqrt(in_features)
             b = torch.randn(out_features, rank, generator=generator)
             b *= strength / (scaling * math.sqrt(rank))
+            if in_int8:
+                a, b = _whole_steps(a), _whole_steps(b.T).T.contiguous()
             a, b = a.to(form.dtype), b.to(form.dtype)
             if "A" in form.share:
                 a = kept.setdefault((_group(form, module, "A"), "A"), a)
@@ -177,6 +181,17 @@ def _draw(
                 b = kept.setdefault((module, "B"), b)
             pairs[layer, module] = FactorPair(a, b, scaling)
     return pairs
+
+
+def _whole_steps(rows: Tensor) -> Tensor:
+    """Rank rows near these that int8 pages hold exactly, whatever floating point type they have."""
+    pages = []
+    for page in rows.split(8):
+        step = 2.0 ** math.ceil(math.log2(page.abs().max() / 127))
+        whole = (page / step).round()
+        whole[page.abs() == page.abs().max()] = 127.0
+        pages.append(whole * step)
+    return torch.cat(pages)
 
 
 def _group(form: Form, module: str, side: str) -> str:

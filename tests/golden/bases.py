@@ -100,18 +100,23 @@ class Base:
         )
 
 
-def open_base(name: str, seed: int) -> AbstractContextManager[Base]:
-    """EMBEDDED, or a tiny random model of the architecture of that name."""
-    return _embedded_base(seed) if name == EMBEDDED else _tiny_base(name, seed)
+def open_base(name: str, seed: int, *, in_int8: bool = False) -> AbstractContextManager[Base]:
+    """EMBEDDED, or a tiny random model of the architecture of that name.
+
+    in_int8  the tiny model's adapters are those that int8 holds exactly
+    """
+    return _embedded_base(seed) if name == EMBEDDED else _tiny_base(name, seed, in_int8)
 
 
 @contextmanager
-def _tiny_base(architecture: str, seed: int) -> Iterator[Base]:
+def _tiny_base(architecture: str, seed: int, in_int8: bool) -> Iterator[Base]:
     """Prompts of random tokens: around the edges of KV blocks, and beyond every window."""
     with tempfile.TemporaryDirectory() as temporary:
         folder = write_tiny_model(Path(temporary) / "base", architecture, seed)
         model = load_reference(folder)
-        adapters = write_adapters(Path(temporary) / "adapters", model, seed, strength=0.5)
+        adapters = write_adapters(
+            Path(temporary) / "adapters", model, seed, strength=0.5, in_int8=in_int8
+        )
         generator = torch.Generator().manual_seed(seed)
 
         def prompt(length: int) -> list[int]:

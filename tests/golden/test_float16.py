@@ -35,8 +35,13 @@ SEED = 16
 NUM_LIKELY = 20
 """Tokens compared at each position for their log probability: those that sampling draws."""
 
-MAX_DIFFERENCE = {"float16": (0.15, 0.1), "bfloat16": (1.0, 0.6)}
-"""Of any logit, and of the log probability of a likely token, from float32's.
+MAX_DIFFERENCE = {
+    ("float16", "auto"): (0.15, 0.1),
+    ("bfloat16", "auto"): (1.0, 0.6),
+    ("float16", "int8"): (1.0, 0.6),
+}
+"""Of any logit, and of the log probability of a likely token, from float32's; by type of the base
+and of adapters.
 
 Two to three times what is measured, since other processors round in another order.
 """
@@ -103,11 +108,17 @@ def served_logits(
         yield torch.cat(chunks[str(index)])
 
 
-@pytest.mark.parametrize("dtype", MAX_DIFFERENCE)
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), MAX_DIFFERENCE)
 def test_half_precision_stays_near_float32(
-    texts: Texts, dtype: str, monkeypatch: pytest.MonkeyPatch
+    texts: Texts, dtype: str, adapter_dtype: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = ServeConfig(adapters=texts.adapters_folder, device="cpu", dtype=dtype, threads=2)
+    config = ServeConfig(
+        adapters=texts.adapters_folder,
+        device="cpu",
+        dtype=dtype,
+        adapter_dtype=adapter_dtype,
+        threads=2,
+    )
     max_logit = max_logprob = total = 0.0
     num_positions = num_same_choice = 0
     with running_engine(config) as loaded:
@@ -124,10 +135,10 @@ def test_half_precision_stays_near_float32(
             num_positions += len(found)
             num_same_choice += int((found.argmax(1) == expected.argmax(1)).sum())
     measured = (
-        f"{dtype}: logits differ by up to {max_logit:.2g} ({total / num_positions:.2g} on "
-        f"average), log probabilities of likely tokens by up to {max_logprob:.2g}; "
-        f"{num_same_choice} of {num_positions} greedy choices are the same"
+        f"{dtype}, adapters {adapter_dtype}: logits differ by up to {max_logit:.2g} "
+        f"({total / num_positions:.2g} on average), log probabilities of likely tokens by up to "
+        f"{max_logprob:.2g}; {num_same_choice} of {num_positions} greedy choices are the same"
     )
-    logit_bound, logprob_bound = MAX_DIFFERENCE[dtype]
+    logit_bound, logprob_bound = MAX_DIFFERENCE[dtype, adapter_dtype]
     assert max_logit < logit_bound, measured
     assert max_logprob < logprob_bound, measured

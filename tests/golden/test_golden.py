@@ -96,6 +96,24 @@ def test_with_one_adapter_merged_everybody_still_gets_their_own_tokens(
     assert_all_right(base, answers, TOLERANCE_WHILE_MERGED)
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen3"])
+def test_adapters_that_int8_holds_exactly_give_the_same_tokens_in_int8(
+    architecture: str, seed: int
+) -> None:
+    merged = random.Random(f"{seed} {architecture}").choice(list(FORMS))
+    with open_base(architecture, seed, in_int8=True) as base:
+        for settings in ({"kernels": "cpu"}, {"kernels": "reference"}, {"merge": merged}):
+            with running_engine(base.config(adapter_dtype="int8", **settings)) as loaded:
+                answers = serve_together(loaded, base.cases)
+                num_bytes = loaded.engine.adapters.stats().pool.expanded_bytes
+            assert_all_right(base, answers, TOLERANCE_WHILE_MERGED)
+            assert num_bytes == sum(
+                pair.a.numel() + pair.b.numel()
+                for adapter in base.adapters.values()
+                for pair in adapter.pairs.values()
+            )
+
+
 def test_a_cached_prefix_changes_no_token_and_never_serves_another_adapter(base: Base) -> None:
     half = len(base.shared_cases) // 2
     first, second = base.shared_cases[:half], base.shared_cases[half:]

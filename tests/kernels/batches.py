@@ -18,7 +18,13 @@ from sharelora_serve.adapters.pool import MatrixPool
 from sharelora_serve.kernels.batch import BLOCK_SIZE, AdapterBatch, AttentionBatch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""What weights, factors, keys and values are stored in."""
+"""What weights, keys and values are stored in."""
+
+POOL_DTYPES = (*DTYPES, torch.int8)
+"""What factors are stored in."""
+
+UNWRITTEN = {torch.int8: 99}
+"""What no adapter wrote holds where there is no NaN."""
 
 OWNERS = ("base", "one", "identical", "distinct", "uniform", "zipf", "skewed")
 """Names of how the rows of a batch are spread over adapters; see draw_owners."""
@@ -92,24 +98,28 @@ def draw_adapter(
     """An adapter of some modules of some layers, each with a rank in 1..64 of its own.
 
     share  "", "A", "B" or "AB": the sides of which all layers of a module have the same Tensor
-    exact  small integers and scales that are powers of two, for results without rounding
+    exact  small integers and scales that are powers of two, for results without rounding; the
+           largest value of each page is 127, so that they are themselves in int8 too
     """
 
-    def factor(rows: int, columns: int) -> Tensor:
-        if exact:
-            return small_integers(rows, columns, generator=generator)
-        return torch.randn(rows, columns, generator=generator)
+    def factor(rank: int, features: int) -> Tensor:
+        if not exact:
+            return torch.randn(rank, features, generator=generator)
+        rows = small_integers(rank, features, generator=generator)
+        column = int(torch.randint(features, (), generator=generator))
+        rows[::PAGE_RANK, column] = 127.0
+        return rows
 
     pairs: dict[tuple[int, str], FactorPair] = {}
     for module in MODULES:
         in_features, out_features = layout.shapes[module]
         rank = int(torch.randint(1, 65, (), generator=generator))
-        a, b = factor(rank, in_features), factor(out_features, rank)
+        a, b = factor(rank, in_features), factor(rank, out_features).T
         for layer in range(layout.num_layers):
             if torch.rand((), generator=generator) < 0.3:
                 continue  # an entry that is empty
             own_a = a if "A" in share else factor(rank, in_features)
-            own_b = b if "B" in share else factor(out_features, rank)
+            own_b = b if "B" in share else factor(rank, out_features).T
             scaling = 2.0 ** float(torch.randint(-2, 3, (), generator=generator))
             pairs[layer, module] = FactorPair(own_a, own_b, scaling)
     return Adapter(name, name, pairs, config={})
@@ -117,7 +127,7 @@ def draw_adapter(
 
 @dataclass(frozen=True, slots=True)
 class Tenants:
-    """Adapters in a pool of which every element that no adapter wrote is NaN.
+    """Adapters in a pool of which every element that no adapter wrote is NaN, or 99 in int8.
 
     The second and the third compute the same from the same pages under two page tables.
     """
@@ -157,14 +167,17 @@ class Tenants:
         return self.layout.entry(layer, FUSED[fused][0]), torch.tensor([0, *accumulate(widths)])
 
     def draw_weight(self, fused: str, generator: torch.Generator, *, exact: bool = True) -> Tensor:
-        """The base's weight of a product, (out_features, in_features) in the pool's dtype."""
+        """The base's weight of a product, (out_features, in_features), in the pool's dtype.
+
+        In float16 beside int8.
+        """
         in_features = self.layout.shapes[FUSED[fused][0]][0]
         out_features = sum(self.layout.shapes[module][1] for module in FUSED[fused])
         if exact:
             weight = small_integers(out_features, in_features, generator=generator)
         else:
             weight = torch.randn(out_features, in_features, generator=generator)
-        return weight.to(self.pool.dtype)
+        return weight.to(torch.float16 if self.pool.dtype == torch.int8 else self.pool.dtype)
 
     def expected(
         self, x: Tensor, weight: Tensor, owners: Sequence[int], layer: int, fused: str
@@ -193,7 +206,7 @@ def draw_tenants(
 ) -> Tenants:
     """Adapters of every kind of sharing, placed among holes that released ones left."""
     pool = MatrixPool(8 << 20, layout.feature_counts, dtype, "cpu")
-    pool.arena[PAGE_RANK * max(layout.feature_counts) :] = float("nan")
+    pool.arena[PAGE_RANK * max(layout.feature_counts) :] = UNWRITTEN.get(dtype, float("nan"))
     adapters, tables, passing = [], [], []
     for index in range(num_adapters):
         share = ("", "A", "B", "AB")[index % 4]

@@ -24,6 +24,7 @@ NUM_TOKENS = (32, 512, 2048)  # each is cut into programs in a way of its own
 IN_FEATURES = (4096, 576, 1536, 11008)
 MAX_PAGES = (2, 8)
 DTYPES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+FACTORS = DTYPES | {torch.int8: "i8"}
 
 INTEGER_POINTERS = {"row_adapter", "offsets", "a_pages", "b_pages"}
 ALIGNED = {"x_stride", "out_stride", "in_features", "max_rank", "slice_size"}  # to 16 elements
@@ -33,17 +34,19 @@ OPTIONS = {"num_warps", "num_stages", "enable_fp_fusion", "maxnreg"}
 def variants() -> Iterator[tuple[Any, dict[str, Any], dict[str, str]]]:
     """Kernels, what they are compiled with, and their floating-point pointers; each once."""
     seen = set()
-    for dtype, name in DTYPES.items():
+    pairs = [(dtype, dtype) for dtype in DTYPES] + [(torch.bfloat16, torch.int8)]
+    for dtype, factors in pairs:
         sizes = product(NUM_TOKENS, IN_FEATURES) if dtype == torch.bfloat16 else [(32, 4096)]
         for num_tokens, in_features in sizes:
             for max_pages in MAX_PAGES:
-                launch = choose_launch(num_tokens, in_features, max_pages, dtype, dtype)
-                pointers = {"x": name, "out": name, "arena": name}
+                launch = choose_launch(num_tokens, in_features, max_pages, dtype, factors)
+                name = DTYPES[dtype]
+                pointers = {"x": name, "out": name, "arena": FACTORS[factors]}
                 for kernel, constants in (
                     (shrink_kernel, launch.shrink),
                     (expand_kernel, launch.expand),
                 ):
-                    key = kernel.__name__, name, repr(constants)
+                    key = kernel.__name__, *pointers.values(), repr(constants)
                     if key not in seen:
                         seen.add(key)
                         yield kernel, constants | {"NUM_MODULES": 3}, pointers

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from sharelora_serve.kernels.batch import PAGE_RANK, AdapterBatch
 from sharelora_serve.kernels.reference import ReferenceKernels
-from tests.kernels.batches import small_integers
+from tests.kernels.batches import UNWRITTEN, small_integers
 
 SHARING = ("nothing", "modules", "adapters", "all")
 """Who has the same A: nobody, the modules of each adapter, the adapters for each module, all."""
@@ -35,7 +35,7 @@ class Case:
 
 
 class _Arena:
-    """Pages of any width, written one after the other with NaN between them."""
+    """Pages of any width, one after the other, and between them NaN, or 99 in int8."""
 
     def __init__(self, widest: int, generator: torch.Generator) -> None:
         self._generator = generator
@@ -59,7 +59,7 @@ class _Arena:
         return pages
 
     def tensor(self, dtype: torch.dtype) -> Tensor:
-        arena = torch.full((self._end,), float("nan"), dtype=dtype)
+        arena = torch.full((self._end,), UNWRITTEN.get(dtype, float("nan")), dtype=dtype)
         for start, content in self._written:
             arena[start : start + len(content)] = content
         return arena

@@ -9,10 +9,10 @@ from torch import Tensor
 
 from sharelora_serve.kernels.tiles import LANES
 from tests.kernels.batches import (
-    DTYPES,
     FUSED,
     LAYOUTS,
     OWNERS,
+    POOL_DTYPES,
     Tenants,
     draw_owners,
     draw_tenants,
@@ -43,7 +43,7 @@ def linear(
 
 
 @pytest.mark.parametrize("parts", PARTS)
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", POOL_DTYPES)
 @pytest.mark.parametrize("owners", OWNERS)
 @pytest.mark.parametrize("order", ["grouped", "mixed"])
 def test_every_row_gets_its_own_adapter_and_nothing_else(
@@ -70,7 +70,7 @@ def test_every_row_gets_its_own_adapter_and_nothing_else(
                 )
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", POOL_DTYPES)
 @pytest.mark.parametrize("owners", OWNERS)
 def test_row_has_the_same_bits_whatever_adapters_stand_beside_it(
     dtype: torch.dtype, owners: str, seed: int
@@ -92,7 +92,7 @@ def test_row_has_the_same_bits_whatever_adapters_stand_beside_it(
                 assert same_bits(some, together[chosen]), f"{layout.name}, {fused}, {rows} rows"
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", POOL_DTYPES)
 def test_base_row_beside_adapter_rows_has_the_bits_of_the_base_alone(
     dtype: torch.dtype, seed: int
 ) -> None:
@@ -110,7 +110,7 @@ def test_base_row_beside_adapter_rows_has_the_bits_of_the_base_alone(
             assert same_bits(result[is_base], alone[is_base, : len(weight)])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", POOL_DTYPES)
 def test_one_module_alone_has_the_bits_that_it_has_in_a_fused_product(
     dtype: torch.dtype, seed: int
 ) -> None:
@@ -131,7 +131,7 @@ def test_one_module_alone_has_the_bits_that_it_has_in_a_fused_product(
                 assert same_bits(own, fused[:, begin:end])
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", POOL_DTYPES)
 def test_equal_adapters_under_two_page_tables_give_equal_bits(
     dtype: torch.dtype, seed: int
 ) -> None:
@@ -145,7 +145,7 @@ def test_equal_adapters_under_two_page_tables_give_equal_bits(
         assert same_bits(result, result[:1].repeat(10, 1))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", POOL_DTYPES)
 def test_rows_between_two_that_share_pages_are_not_taken_for_theirs(
     dtype: torch.dtype, seed: int
 ) -> None:

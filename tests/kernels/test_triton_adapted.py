@@ -28,6 +28,7 @@ DEVICES = [
 ]
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+INT8 = torch.int8
 
 # Of x, out and arena.
 DTYPES = (
@@ -36,6 +37,8 @@ DTYPES = (
     (FLOAT16, FLOAT16, FLOAT16),
     (BFLOAT16, FLOAT32, BFLOAT16),
     (FLOAT32, BFLOAT16, FLOAT16),
+    (FLOAT32, FLOAT32, INT8),
+    (BFLOAT16, BFLOAT16, INT8),
 )
 
 

@@ -16,11 +16,15 @@ def sentence(drawn: random.Random, most: int = 8) -> str:
 
 
 def write_jsonl(path: Path, seed: int, count: int = 40) -> Path:
-    """Prompts and completions, and conversations, in turn."""
+    """Prompts and completions, and conversations, in turn; no two ask the same."""
     drawn = random.Random(seed)
+    questions: list[str] = []
+    while len(questions) < count:
+        if (question := sentence(drawn)) not in questions:
+            questions.append(question)
     lines: list[dict[str, object]] = []
-    for number in range(count):
-        question, answer = sentence(drawn), sentence(drawn, most=4)
+    for number, question in enumerate(questions):
+        answer = sentence(drawn, most=4)
         if number % 2:
             lines.append({"prompt": question, "completion": answer})
         else:
