@@ -154,8 +154,8 @@ class ServeConfig(BaseSettings):
     )
     adapter_dtype: Literal["auto", "int8"] = Field(
         "auto",
-        description="Type of adapters on the device: int8 holds twice as many as float16 and reads "
-        "them in half the time, with what an adapter adds off by about 1 %; auto is --dtype.",
+        description="Type of adapters on the device: int8 holds twice as many as float16, with what "
+        "an adapter adds off by about 1 %; auto is --dtype.",
     )
     adapter_memory: Size = Field(
         512 * 1024**2,
