@@ -154,8 +154,9 @@ class ServeConfig(BaseSettings):
     )
     adapter_dtype: Literal["auto", "int8"] = Field(
         "auto",
-        description="Type of adapters on the device: int8 holds twice as many as float16, with what "
-        "an adapter adds off by about 1 %; auto is --dtype.",
+        description="Type of adapters on the device: int8 holds twice as many as float16, with "
+        "what an adapter adds off by about 1 %, and refuses one of which it would change a rank "
+        "row by a tenth; auto is --dtype.",
     )
     adapter_memory: Size = Field(
         512 * 1024**2,

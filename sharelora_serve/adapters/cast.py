@@ -2,43 +2,42 @@
 
 from typing import NamedTuple
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
+from torch.linalg import vector_norm
 from torch.nn.functional import pad
 
 from sharelora_serve.adapters.pages import PAGE_RANK
 
 _MAX_UNDERFLOW = 0.01  # share of a factor's nonzero values that the cast may turn into zeros
 _MAX_ROUNDING = 0.1  # of a rank row's norm that int8 may be off by; normal numbers give 0.01
-_INT8_MAX, _SMALLEST_STEP = 127.0, 1e-37
+_INT8_MAX = 127.0
+_SMALLEST_STEP = 1e-37  # so that a page of zeros is divided by something
 
 
 class CastFactor(NamedTuple):
-    """A factor in the type of a pool, which computes with each of its pages times a scale.
+    """A factor in the type of a pool.
 
     rows    (rank, features)
-    scales  (num_pages,)  all ones but for int8, of which the largest value of a page is 127
+    scales  (num_pages,) float32, what a page's numbers are multiplied by; ones but for int8
     lost    beyond rounding; None for nothing
     """
 
     rows: Tensor
-    scales: npt.NDArray[np.float64]
+    scales: Tensor
     lost: str | None
 
     def restored(self) -> Tensor:
         """What is computed with, (rank, features) in float32."""
-        scales = torch.from_numpy(self.scales).float().repeat_interleave(PAGE_RANK)
-        return self.rows.float() * scales[: len(self.rows), None]
+        return self.rows.float() * _of_rows(self.scales, len(self.rows))
 
 
 def cast_factor(rows: Tensor, dtype: torch.dtype) -> CastFactor:
     """Cast (rank, features), in host memory, to the type of a pool."""
     if dtype == torch.int8:
         return _in_int8(rows)
-    cast = rows.to(dtype).contiguous()
-    return CastFactor(cast, np.ones(-(-len(rows) // PAGE_RANK)), lost_in_cast(rows, cast))
+    cast = rows.to(dtype)
+    return CastFactor(cast, torch.ones(-(-len(rows) // PAGE_RANK)), lost_in_cast(rows, cast))
 
 
 def lost_in_cast(original: Tensor, cast: Tensor) -> str | None:
@@ -59,14 +58,14 @@ def lost_in_cast(original: Tensor, cast: Tensor) -> str | None:
 
 
 def _in_int8(rows: Tensor) -> CastFactor:
+    """Each page in steps of a 127th of its largest value."""
     exact = rows.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    padding = -len(rows) % PAGE_RANK
-    largest = pad(torch.linalg.vector_norm(exact, torch.inf, dim=1), (0, padding))
+    largest = pad(vector_norm(exact, torch.inf, dim=1), (0, -len(rows) % PAGE_RANK))
     steps = (largest.view(-1, PAGE_RANK).amax(1) / _INT8_MAX).clamp_(min=_SMALLEST_STEP)
-    exact /= steps.repeat_interleave(PAGE_RANK)[: len(rows), None]
+    exact /= _of_rows(steps, len(rows))
     whole = exact.round()
-    norms = torch.linalg.vector_norm(exact, dim=1)
-    off = torch.linalg.vector_norm(exact.sub_(whole), dim=1)
+    norms = vector_norm(exact, dim=1, dtype=torch.float64)  # whose squares do not become zero
+    off = vector_norm(exact.sub_(whole), dim=1, dtype=torch.float64)
     lost = None
     if not (fine := off <= _MAX_ROUNDING * norms).all():
         row = int((~fine).nonzero()[0])
@@ -74,4 +73,9 @@ def _in_int8(rows: Tensor) -> CastFactor:
             f"rank row {row} would be off by {float(off[row] / norms[row]):.0%}: the largest value "
             f"of its page leaves steps of {float(steps[row // PAGE_RANK]):.2g}"
         )
-    return CastFactor(whole.to(torch.int8), steps.double().numpy(), lost)
+    return CastFactor(whole.to(torch.int8), steps, lost)
+
+
+def _of_rows(scales: Tensor, rank: int) -> Tensor:
+    """The scale of each rank row's page, (rank, 1)."""
+    return scales.repeat_interleave(PAGE_RANK)[:rank, None]

@@ -215,7 +215,7 @@ def _parse_mlx(raw: dict[str, Any], problems: list[str]) -> AdapterConfig:
     if not isinstance(last_layers, int) or isinstance(last_layers, bool):
         problems.append(f"num_layers: {_value(last_layers)} is not an integer")
         last_layers = -1
-    scale = _number(parameters, "scale", problems)
+    scale = float(_number(parameters, "scale", problems))
     return AdapterConfig(
         form=Form.MLX,
         rank=int(_number(parameters, "rank", problems, integer=True)),

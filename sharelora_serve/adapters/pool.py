@@ -6,14 +6,12 @@ page tables multiply into the adapter's. Factors are addressed by content, so Lo
 ShareAB and a common A of many adapters differ only in their page tables.
 """
 
-import hashlib
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from itertools import chain
 from threading import Lock
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,57 +21,21 @@ from sharelora_serve.adapters.adapter import Adapter, PageTable
 from sharelora_serve.adapters.cast import CastFactor, cast_factor
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK, PageAllocator, PoolFullError
+from sharelora_serve.adapters.staging import (
+    FactorKey,
+    StagedAdapter,
+    check_cast,
+    distinct_factors,
+    stage,
+)
 from sharelora_serve.adapters.transfer import CopyStream
 from sharelora_serve.errors import AdapterInvalidError, ConfigurationError
-
-_MAX_LISTED = 10  # problems spelled out in one message; the rest are counted
-
-
-class FactorKey(NamedTuple):
-    """What makes two factors one: rank-major bytes in the pool's dtype, scales and shape."""
-
-    digest: bytes
-    rank: int
-    features: int
-
-    @property
-    def num_pages(self) -> int:
-        """Pages that hold its rows."""
-        return -(-self.rank // PAGE_RANK)
-
-    @property
-    def num_elements(self) -> int:
-        """Elements of its pages, padding included."""
-        return self.num_pages * PAGE_RANK * self.features
 
 
 @dataclass(slots=True, eq=False)
 class _Factor:
     pages: list[int]
     num_references: int = 0  # residents that use it, however often each does
-
-
-class _StagedPair(NamedTuple):
-    entry: int
-    a: FactorKey
-    b: FactorKey
-    scaling: float
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class StagedAdapter:
-    """An adapter cast and hashed for one pool, so that placing it again costs no second pass.
-
-    pairs         in the order of the page table's entries
-    factors       every distinct one, in the pool's dtype on the host
-    num_entries   of the page table
-    num_expanded  elements of the factors if every pair had its own: plain LoRA
-    """
-
-    pairs: list[_StagedPair]
-    factors: dict[FactorKey, CastFactor] = field(repr=False)
-    num_entries: int
-    num_expanded: int
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -162,11 +124,7 @@ class MatrixPool:
 
     def check(self, adapter: Adapter) -> None:
         """Raise AdapterInvalidError if the dtype or an empty pool could not hold the adapter."""
-        lost = {
-            name: cast_factor(rows, self.dtype).lost
-            for name, rows in _distinct_factors(adapter).values()
-        }
-        self._refuse(adapter, lost)
+        check_cast(adapter, self.dtype)
         self._check_fits(_pages_alone(adapter))
 
     def num_bytes_for(self, adapter: Adapter) -> int:
@@ -174,29 +132,8 @@ class MatrixPool:
         return self._num_bytes(_pages_alone(adapter))
 
     def stage(self, adapter: Adapter, layout: BaseLayout) -> StagedAdapter:
-        """Cast and hash an adapter's factors; AdapterInvalidError if the dtype cannot hold one.
-
-        Refused are values that overflow, more than 1 % of a factor's nonzero values lost to
-        underflow, and a rank row that int8 changes by a tenth. Changes nothing in the pool.
-        """
-        keys: dict[tuple[int, str], FactorKey] = {}
-        factors: dict[FactorKey, CastFactor] = {}
-        lost: dict[str, str | None] = {}
-        for identity, (name, original) in _distinct_factors(adapter).items():
-            cast = self._cast(original)
-            lost[name] = cast.lost
-            content = hashlib.sha256(cast.rows.view(torch.uint8).numpy().data)
-            content.update(cast.scales.data)
-            keys[identity] = key = FactorKey(content.digest(), *cast.rows.shape)
-            factors.setdefault(key, cast)
-        self._refuse(adapter, lost)
-        pairs = []
-        for place, pair in adapter.pairs.items():
-            a, b = keys[id(pair.a), "lora_A"], keys[id(pair.b), "lora_B"]
-            pairs.append(_StagedPair(layout.entry(*place), a, b, pair.scaling))
-        assert all(pair.a.rank == pair.b.rank for pair in pairs), "A and B differ in rank"
-        num_expanded = sum(pair.a.rank * (pair.a.features + pair.b.features) for pair in pairs)
-        return StagedAdapter(sorted(pairs), factors, layout.num_entries, num_expanded)
+        """What `place` takes; see staging.stage. Changes nothing in the pool."""
+        return stage(adapter, layout, self.dtype, self._cast)
 
     def check_room(self, factors: Collection[FactorKey]) -> None:
         """Raise as `place` does if an adapter of these factors found no room now."""
@@ -293,20 +230,6 @@ class MatrixPool:
             self._check_fits(_page_counts(factors))
             raise
 
-    def _refuse(self, adapter: Adapter, lost: Mapping[str, str | None]) -> None:
-        if problems := [f"{name}: {what}" for name, what in lost.items() if what]:
-            listed = problems[:_MAX_LISTED]
-            if len(problems) > _MAX_LISTED:
-                listed.append(f"and {len(problems) - _MAX_LISTED} more factors")
-            dtype = str(self.dtype).removeprefix("torch.")
-            wider = "--adapter-dtype auto" if dtype == "int8" else "--dtype float32 or bfloat16"
-            raise AdapterInvalidError(
-                f"adapter {adapter.name!r} cannot be held in {dtype}:\n  "
-                + "\n  ".join(listed)
-                + f"\nServe with {wider}, or rescale the factors: "
-                "B times c and A divided by c are the same adapter."
-            )
-
     def _check_fits(self, counts: Mapping[int, int]) -> None:
         """Raise AdapterInvalidError if an empty pool of this size had no room."""
         try:
@@ -325,30 +248,22 @@ class MatrixPool:
         return elements * self.dtype.itemsize
 
     def _page_table(self, staged: StagedAdapter) -> PageTable:
-        offsets = np.zeros(staged.num_entries + 1, dtype=np.int32)
-        for pair in staged.pairs:
-            offsets[pair.entry + 1] = pair.a.num_pages
-        np.cumsum(offsets, out=offsets)
-        a_pages = chain.from_iterable(self._factors[pair.a].pages for pair in staged.pairs)
-        b_pages = chain.from_iterable(self._factors[pair.b].pages for pair in staged.pairs)
-        num_pages = [pair.a.num_pages for pair in staged.pairs]
-        scaling = np.repeat([pair.scaling for pair in staged.pairs], num_pages)
-        for keys in ([pair.a for pair in staged.pairs], [pair.b for pair in staged.pairs]):
-            scaling *= np.concatenate([staged.factors[key].scales for key in keys])
+        a_pages = chain.from_iterable(self._factors[a].pages for a, _ in staged.pairs)
+        b_pages = chain.from_iterable(self._factors[b].pages for _, b in staged.pairs)
         return PageTable(
-            offsets=offsets,
+            offsets=staged.offsets,
             a_pages=np.fromiter(a_pages, dtype=np.int32),
             b_pages=np.fromiter(b_pages, dtype=np.int32),
-            scaling=scaling.astype(np.float32),
+            scaling=staged.scaling,
         )
 
     def _cast(self, original: Tensor) -> CastFactor:
         """In the pool's dtype, where the device copies it from."""
         cast = cast_factor(original, self.dtype)
         if self._copies is None:
-            return cast
-        rows = self._copies.host_memory(cast.rows.shape, self.dtype).copy_(cast.rows)
-        return cast._replace(rows=rows)
+            return cast._replace(rows=cast.rows.contiguous())
+        rows = self._copies.host_memory(cast.rows.shape, self.dtype)
+        return cast._replace(rows=rows.copy_(cast.rows))
 
     def _write(self, key: FactorKey, rows: Tensor) -> None:
         """Copy a factor into its pages, a run of neighbours at a time, and zero the padding."""
@@ -372,21 +287,10 @@ def _page_counts(keys: Collection[FactorKey]) -> Counter[int]:
     return counts
 
 
-def _distinct_factors(adapter: Adapter) -> dict[tuple[int, str], tuple[str, Tensor]]:
-    """(id, side) -> (name of its first use, (rank, features) view), each Tensor object once."""
-    factors: dict[tuple[int, str], tuple[str, Tensor]] = {}
-    for (layer, module), pair in adapter.pairs.items():
-        for side, tensor in ("lora_A", pair.a), ("lora_B", pair.b):
-            if (id(tensor), side) not in factors:
-                rows = tensor if side == "lora_A" else tensor.T
-                factors[id(tensor), side] = f"model.layers.{layer}.{module}.{side}", rows
-    return factors
-
-
 def _pages_alone(adapter: Adapter) -> Counter[int]:
     """Pages of each width that the adapter takes with nothing to share but its own factors."""
     counts = Counter[int]()
-    for _, rows in _distinct_factors(adapter).values():
+    for _, rows in distinct_factors(adapter).values():
         rank, features = rows.shape
         counts[features] += -(-rank // PAGE_RANK)
     return counts

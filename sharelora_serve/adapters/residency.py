@@ -4,7 +4,8 @@ from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
 from sharelora_serve.adapters.adapter import Adapter, AdapterVersion
-from sharelora_serve.adapters.pool import FactorKey, PoolStats, Resident
+from sharelora_serve.adapters.pool import PoolStats, Resident
+from sharelora_serve.adapters.staging import FactorKey
 
 # A load that failed is tried again after this many seconds, then after twice as many, and so on.
 _FIRST_RETRY_SECONDS = 0.5

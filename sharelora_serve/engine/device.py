@@ -46,7 +46,7 @@ def choose_device(config: ServeConfig) -> torch.device:
 
 
 def choose_dtype(config: ServeConfig, model: ModelConfig, device: torch.device) -> torch.dtype:
-    """Of base weights, KV cache and adapters."""
+    """Of base weights, KV cache and, unless --adapter-dtype says otherwise, adapters."""
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype

@@ -349,6 +349,7 @@ def _warm_up(
     # Rows of each request: one prompt, or as many requests of one row each.
     batches = [[min(num_tokens, max_batch_tokens)] for num_tokens in _WARM_UP_TOKENS]
     batches += [[1] * size for size in decode_sizes]
+    # With an adapter first: CpuKernels then know the pool's type, and compile once.
     for adapter, page_table in ((AdapterVersion("", ""), table), (None, None)):
         for batch in batches:
             runner.run([padding(count, block_size, adapter, page_table) for count in batch])

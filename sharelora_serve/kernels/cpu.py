@@ -127,7 +127,7 @@ class CpuKernels:
         # Starts numba's threads. It does so itself when it loads a function that is parallel, but
         # not for one that calls such a function, which would then call into nothing.
         numba.get_num_threads()
-        self._no_arena: Any = None
+        self._factors: Any = None  # what a pool holds, as numba sees it, once it is known
 
     def make_weights(
         self,
@@ -202,11 +202,11 @@ class CpuKernels:
         """All decoder layers, in one compiled call."""
         b, w = buffers, weights
         if adapters is None:
-            # Of the pool's type, if there was one yet, so that the same compiled function serves.
-            no_arena = np.empty(0, w.qkv.dtype) if self._no_arena is None else self._no_arena
+            # Of the pool's type, so that the same compiled function serves.
+            no_arena = np.empty(0, self._factors or w.qkv.dtype)
             pages = (_NO_ROWS, _NO_OFFSETS, _NO_ROWS, _NO_ROWS, _NO_SCALING, no_arena)
         else:
-            self._no_arena = stored(adapters.arena[:0])
+            self._factors = stored(adapters.arena).dtype
             pages = (
                 adapters.row_adapter.numpy(),
                 adapters.offsets.numpy(),

@@ -199,18 +199,22 @@ def test_wrappers_around_the_trained_model_change_nothing(
     )
 
 
-def test_mlx_factors_are_transposed_and_keep_their_own_scale(tmp_path: Path, seed: int) -> None:
+@pytest.mark.parametrize("scale", [20.0, 20])
+def test_mlx_factors_are_transposed_and_keep_their_own_scale(
+    scale: float, tmp_path: Path, seed: int
+) -> None:
     adapter = random_adapter(seed, scaling=20.0, layers=(1, 2))
     config = {
         "fine_tune_type": "lora",
         "num_layers": 2,  # of three: the last two
-        "lora_parameters": {"rank": 4, "scale": 20.0, "dropout": 0.0},
+        "lora_parameters": {"rank": 4, "scale": scale, "dropout": 0.0},
         "learning_rate": 1e-5,
     }
     folder = write_folder(
         tmp_path / "acme", config, mlx_tensors(adapter), file="adapters.safetensors"
     )
     assert read(folder).digest == adapter.digest
+    assert {type(pair.scaling) for pair in read(folder).pairs.values()} == {float}
 
 
 def test_one_safetensors_file_carries_its_configuration_in_its_metadata(

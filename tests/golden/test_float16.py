@@ -38,7 +38,7 @@ NUM_LIKELY = 20
 MAX_DIFFERENCE = {
     ("float16", "auto"): (0.15, 0.1),
     ("bfloat16", "auto"): (1.0, 0.6),
-    ("float16", "int8"): (1.0, 0.6),
+    ("float16", "int8"): (0.6, 0.35),
 }
 """Of any logit, and of the log probability of a likely token, from float32's; by type of the base
 and of adapters.

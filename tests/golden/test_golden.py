@@ -106,7 +106,8 @@ def test_adapters_that_int8_holds_exactly_give_the_same_tokens_in_int8(
             with running_engine(base.config(adapter_dtype="int8", **settings)) as loaded:
                 answers = serve_together(loaded, base.cases)
                 num_bytes = loaded.engine.adapters.stats().pool.expanded_bytes
-            assert_all_right(base, answers, TOLERANCE_WHILE_MERGED)
+            tolerance = TOLERANCE_WHILE_MERGED if "merge" in settings else TOLERANCE
+            assert_all_right(base, answers, tolerance)
             assert num_bytes == sum(
                 pair.a.numel() + pair.b.numel()
                 for adapter in base.adapters.values()

@@ -133,9 +133,14 @@ def test_sums_that_are_cut_into_slices_are_whole(device: str, in_features: int, 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("sliced", [True, False])
-@pytest.mark.parametrize("sharing", ["nothing", "all"])
+@pytest.mark.parametrize(("sharing", "arena_dtype"), [("nothing", FLOAT16), ("all", INT8)])
 def test_prompts_are_as_defined(
-    device: str, sliced: bool, sharing: str, seed: int, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    sliced: bool,
+    sharing: str,
+    arena_dtype: torch.dtype,
+    seed: int,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
     # Few rows for the interpreter's sake, cut into programs as many are.
@@ -148,7 +153,7 @@ def test_prompts_are_as_defined(
         generator,
         sharing=sharing,
         x_dtype=FLOAT16,
-        arena_dtype=FLOAT16,
+        arena_dtype=arena_dtype,
         max_rank=20,
     )
     check(case, device)
@@ -219,8 +224,13 @@ def test_operator_runs_without_a_gpu_on_tensors_that_only_have_shapes(seed: int)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("dtype", [FLOAT32, FLOAT16, BFLOAT16])
-def test_row_has_the_same_bits_whatever_rows_stand_beside_it(dtype: torch.dtype, seed: int) -> None:
+@pytest.mark.parametrize(
+    ("dtype", "arena_dtype"),
+    [(FLOAT32, FLOAT32), (FLOAT16, FLOAT16), (BFLOAT16, BFLOAT16), (BFLOAT16, INT8)],
+)
+def test_row_has_the_same_bits_whatever_rows_stand_beside_it(
+    dtype: torch.dtype, arena_dtype: torch.dtype, seed: int
+) -> None:
     generator = torch.Generator().manual_seed(seed)
     owners = torch.randint(0, 9, (1500,), generator=generator).sort().values.tolist()
     case = draw_case(
@@ -231,8 +241,8 @@ def test_row_has_the_same_bits_whatever_rows_stand_beside_it(dtype: torch.dtype,
         sharing="modules",
         x_dtype=dtype,
         out_dtype=dtype,
-        arena_dtype=dtype,
-        exact=False,
+        arena_dtype=arena_dtype,
+        exact=arena_dtype == INT8,  # whole numbers are what it holds
     )
     together = run(case, "cuda")
     for rows in (1, 3, 40, 300, 1100):
