@@ -46,8 +46,8 @@ def mark(value: float, best: float) -> str:
 def seeds_table(results: Results, task: str) -> str:
     """Each form at its best rate with every seed, against LoRA, and the memory of training.
 
-    Differences are of runs of one seed, whose rows come in the same
-    order; their spread is the standard deviation over seeds.
+    Differences are of runs of one seed, whose rows come in the same order; their spread is the
+    standard deviation over seeds.
     """
     score = TASKS[task].score
     of_lora: list[float] = []

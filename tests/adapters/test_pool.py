@@ -1,98 +1,29 @@
 """The matrix pool: whatever is added and released, live factors are what was added."""
 
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
-from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter, FactorPair
-from sharelora_serve.adapters.cast import cast_factor
 from sharelora_serve.adapters.layout import MODULES, BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK, PageAllocator, PoolFullError
 from sharelora_serve.adapters.pool import MatrixPool, Resident
 from sharelora_serve.errors import AdapterInvalidError, ConfigurationError
-
-NUM_LAYERS = 3
-SHAPES = {
-    "self_attn.q_proj": (24, 24),
-    "self_attn.k_proj": (24, 8),
-    "self_attn.v_proj": (24, 8),
-    "self_attn.o_proj": (24, 24),
-    "mlp.gate_proj": (24, 40),
-    "mlp.up_proj": (24, 40),
-    "mlp.down_proj": (40, 24),
-}
-LAYOUT = BaseLayout("tiny", NUM_LAYERS, SHAPES)
-FORMS = ("LoRA", "ShareA", "ShareB", "ShareAB", "common A")
-
-
-def factor(rank: int, features: int, seed: int) -> Tensor:
-    """Rank-major values that every pool dtype holds exactly; none is zero."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(1, 9, (rank, features), generator=generator) / 8.0
-
-
-def make_adapter(
-    form: str = "LoRA",
-    *,
-    seed: int = 0,
-    modules: tuple[str, ...] = MODULES,
-    rank: Callable[[str], int] = lambda _: 11,
-    layout: BaseLayout = LAYOUT,
-) -> Adapter:
-    """An adapter whose equal factors are one Tensor object, as `Adapter` promises."""
-    pairs: dict[tuple[int, str], FactorPair] = {}
-    made: dict[tuple[str, int, int, int], Tensor] = {}
-
-    def once(side: str, rank: int, features: int, seed: int) -> Tensor:
-        rows = factor(rank, features, seed)
-        return made.setdefault((side, rank, features, seed), rows if side == "A" else rows.T)
-
-    for layer in range(layout.num_layers):
-        for index, module in enumerate(modules):
-            in_features, out_features = layout.shapes[module]
-            own = 10_000 * seed + 100 * index + layer + 1
-            shared = 10_000 * seed + 100 * index + 50
-            a_seed = {"common A": 7}.get(form, shared if form in ("ShareA", "ShareAB") else own)
-            b_seed = shared if form in ("ShareB", "ShareAB") else own
-            a = once("A", rank(module), in_features, a_seed)
-            b = once("B", rank(module), out_features, b_seed)
-            pairs[layer, module] = FactorPair(a, b, scaling=2.0 + index + layer / 8)
-    return Adapter(f"{form}-{seed}", f"{form}-{seed}-{len(modules)}", pairs, config={})
-
-
-def add(pool: MatrixPool, adapter: Adapter, layout: BaseLayout) -> Resident:
-    return pool.place(pool.stage(adapter, layout))
-
-
-def assert_reads_back(pool: MatrixPool, resident: Resident, adapter: Adapter) -> None:
-    """The page table, followed through the arena, gives the adapter's factors bit for bit."""
-    table = resident.page_table
-    assert len(table.offsets) == LAYOUT.num_entries + 1
-    assert table.offsets[0] == 0
-    assert table.offsets[-1] == len(table.a_pages) == len(table.b_pages) == len(table.scaling)
-    for layer in range(LAYOUT.num_layers):
-        for module in MODULES:
-            entry = LAYOUT.entry(layer, module)
-            span = slice(table.offsets[entry], table.offsets[entry + 1])
-            pair = adapter.pairs.get((layer, module))
-            if pair is None:
-                assert span.start == span.stop
-                continue
-            rank = pair.a.shape[0]
-            assert span.stop - span.start == -(-rank // PAGE_RANK)
-            assert (table.scaling[span] == np.float32(pair.scaling)).all()
-            for pages, rows in ((table.a_pages, pair.a), (table.b_pages, pair.b.T)):
-                held = pool.view(rows.shape[1])[torch.from_numpy(pages[span])].flatten(0, 1)
-                assert torch.equal(held[:rank], rows.to(pool.dtype))
-                assert not held[rank:].any()  # padding of the last page
+from tests.adapters.pools import (
+    FORMS,
+    LAYOUT,
+    NUM_LAYERS,
+    SHAPES,
+    add,
+    assert_reads_back,
+    factor,
+    make_adapter,
+)
 
 
 def contents(adapter: Adapter, dtype: torch.dtype) -> set[tuple[bytes, torch.Size]]:
@@ -310,109 +241,6 @@ def test_one_tensor_used_as_a_and_as_b_is_read_in_each_orientation() -> None:
     table = add(pool, Adapter("square", "square", pairs, config={}), layout).page_table
     assert torch.equal(pool.view(8)[table.a_pages[0]], square)
     assert torch.equal(pool.view(8)[table.b_pages[0]], square.T)
-
-
-def test_int8_page_has_a_scale_in_that_of_who_uses_it_and_is_off_by_half_a_step(
-    seed: int,
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.int8, "cpu")
-    a = torch.randn(11, 24, generator=generator)
-    pairs = {  # A and twice A are not the same factor, though they are the same whole numbers
-        (layer, "mlp.up_proj"): FactorPair(
-            factor, 1e-3 * torch.randn(40, 11, generator=generator), 1.5
-        )
-        for layer, factor in enumerate((a, 2 * a, a))
-    }
-    table = add(pool, Adapter("in-int8", "in-int8", pairs, config={}), LAYOUT).page_table
-    assert pool.stats().num_factors == 5
-    assert pool.stats().used_bytes == 2 * (2 * PAGE_RANK * 24) + 3 * (2 * PAGE_RANK * 40)
-    for (layer, module), pair in pairs.items():
-        first = table.offsets[LAYOUT.entry(layer, module)]
-        for place in range(2):
-            scaling = pair.scaling
-            for pages, rows in ((table.a_pages, pair.a), (table.b_pages, pair.b.T)):
-                original = rows[place * PAGE_RANK : (place + 1) * PAGE_RANK]
-                step = float(original.abs().max()) / 127
-                held = pool.view(rows.shape[1])[int(pages[first + place])][: len(original)]
-                assert (held - original / step).abs().max() <= 0.501
-                assert held.abs().max() == 127
-                scaling *= step
-            assert table.scaling[first + place] == pytest.approx(scaling, rel=1e-6)
-
-
-def test_rank_row_that_int8_would_lose_is_refused_unless_it_is_zero() -> None:
-    pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.int8, "cpu")
-
-    def adapter(times: float) -> Adapter:
-        a = factor(9, 24, seed=1)
-        a[3] *= times
-        pairs = {(1, "mlp.up_proj"): FactorPair(a, factor(9, 40, seed=2).T, 1.0)}
-        return Adapter("uneven", "uneven", pairs, config={})
-
-    for refuse in (lambda: add(pool, adapter(1e-3), LAYOUT), lambda: pool.check(adapter(1e-3))):
-        with pytest.raises(AdapterInvalidError) as caught:
-            refuse()
-        assert "model.layers.1.mlp.up_proj.lora_A: rank row 3 would be" in caught.value.message
-        assert "--adapter-dtype auto, or even the rank rows out" in caught.value.message
-    for times in (0.0, 0.25, 1.0):
-        pool.check(adapter(times))
-        add(pool, adapter(times), LAYOUT)
-
-
-def test_int8_may_change_a_rank_row_by_a_tenth(seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    rows = torch.randn(8, 4096, generator=generator)
-    # Rounding is off by 0.29 steps on average, and of normal numbers the largest is 127 steps.
-    step = float(rows[1:].abs().max()) / 127
-    for off, is_fine in ((0.08, True), (0.12, False)):
-        rows[0] *= 12**-0.5 * step / off / rows[0].std()
-        assert (cast_factor(rows, torch.int8).lost is None) == is_fine
-    rows[0] *= 1e-25
-    assert cast_factor(rows, torch.int8).lost is not None
-
-
-def test_scale_that_is_an_integer_is_one_like_any_other() -> None:
-    pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.float16, "cpu")
-    adapter = make_adapter(modules=("self_attn.q_proj",))
-    for place, pair in adapter.pairs.items():
-        adapter.pairs[place] = FactorPair(pair.a, pair.b, 20)
-    assert_reads_back(pool, add(pool, adapter, LAYOUT), adapter)
-    pool.check_integrity()
-
-
-@pytest.mark.parametrize(
-    ("values", "dtype", "words"),
-    [
-        ([1e5, 1.0], torch.float16, "1 values overflow (largest 1e+05, limit 6.55e+04)"),
-        ([1e-9, 1.0], torch.float16, "1 of 2 nonzero values are too small"),
-    ],
-)
-def test_factor_that_the_dtype_cannot_hold_is_refused_by_name(
-    values: list[float], dtype: torch.dtype, words: str
-) -> None:
-    pool = MatrixPool(16_384, LAYOUT.feature_counts, dtype, "cpu")
-    adapter = make_adapter(modules=("self_attn.q_proj",), rank=lambda _: 1)
-    pair = adapter.pairs[1, "self_attn.q_proj"]
-    broken = torch.zeros(1, 24)
-    broken[0, :2] = torch.tensor(values)
-    adapter.pairs[1, "self_attn.q_proj"] = FactorPair(broken, pair.b, 1.0)
-    for refuse in (lambda: add(pool, adapter, LAYOUT), lambda: pool.check(adapter)):
-        with pytest.raises(AdapterInvalidError) as caught:
-            refuse()
-        assert f"model.layers.1.self_attn.q_proj.lora_A: {words}" in caught.value.message
-        assert "--dtype" in caught.value.message
-    assert pool.stats().used_bytes == 0
-
-
-def test_one_percent_of_underflow_is_accepted() -> None:
-    pool = MatrixPool(1 << 16, [24, 100], torch.float16, "cpu")
-    layout = BaseLayout("wide", 1, dict.fromkeys(MODULES, (100, 24)))
-    a = torch.ones(1, 100)
-    a[0, 0] = 1e-9
-    pairs = {(0, "self_attn.q_proj"): FactorPair(a, torch.ones(24, 1), 1.0)}
-    add(pool, Adapter("barely", "barely", pairs, config={}), layout)
-    assert pool.stats().num_factors == 2
 
 
 def test_adapter_larger_than_the_pool_is_refused_for_good() -> None:
