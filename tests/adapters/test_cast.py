@@ -16,7 +16,8 @@ from sharelora_serve.models.config import load_model_config
 from sharelora_serve.models.embedded import embedded_base_folder
 from tests.adapters.pools import LAYOUT, add, assert_reads_back, factor, make_adapter
 
-EXAMPLES = [file.parent for file in Path(__file__).parents[2].glob("adapters/*/adapter_config.json")]
+FOLDER = Path(__file__).parents[2] / "adapters"
+EXAMPLES = [file.parent for file in FOLDER.glob("*/adapter_config.json")]
 
 
 @pytest.mark.parametrize("folder", EXAMPLES, ids=lambda folder: folder.name)
