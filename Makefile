@@ -41,7 +41,7 @@ lint: setup
 types: setup
 	@$(BIN)/mypy
 
-# A workload for a server that runs: make loadtest ARGS="slora --rate 2 --out build/loadtest"
+# A workload for a server that runs: make loadtest ARGS="base --streams 8 --out build/loadtest"
 loadtest: setup
 	@$(BIN)/python -m loadtest run $(ARGS)
 

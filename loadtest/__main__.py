@@ -32,7 +32,12 @@ Base = Annotated[str, typer.Option(help="Name of the base.")]
 AdapterFolder = Annotated[Path, typer.Option(help="A folder of PEFT's or ShareLoRA's.")]
 Range = Annotated[tuple[int, int], typer.Option(help="Least and most, drawn uniformly.")]
 Streams = Annotated[int | None, typer.Option(min=1, help="Of a closed loop, such as 32.")]
-Rate = Annotated[float | None, typer.Option(min=0.001, help="Requests per second, open loop.")]
+Count = Annotated[int, typer.Option(min=1)]
+Tokens = Annotated[int, typer.Option(min=2)]  # so that there is a gap between two
+Rate = Annotated[
+    float | None,
+    typer.Option(min=0.001, help="Requests per second, open loop; with --streams only saved."),
+]
 DEFAULT_URL, DEFAULT_BASE = "http://127.0.0.1:8000", "SmolLM2-135M-Instruct"
 BUILD = Path("build")
 EXAMPLE = Path("adapters/banking77-intent")
@@ -52,7 +57,7 @@ def run_command(
     ] = None,
     streams: Streams = None,
     rate: Rate = None,
-    requests: Annotated[int, typer.Option(min=1)] = 64,
+    requests: Count = 64,
     num_adapters: Annotated[int, typer.Option(min=0, help="Called t000, t001, ...")] = 0,
     cv: Annotated[float, typer.Option(min=0.01, help="Of the gaps; 1 is Poisson.")] = 1.0,
     exponent: Annotated[float, typer.Option(min=0.01, help="Of slora; 1 is uniform.")] = 1.0,
@@ -94,9 +99,9 @@ def run_command(
 def compare_command(
     peers: Annotated[Path, typer.Option(help="Where they are, or are set up.")] = BUILD / "peers",
     out: Annotated[Path, typer.Option(help="Folder for table and logs.")] = BUILD / "compare",
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Count = 3,
     requests: Annotated[int, typer.Option(min=32, help="Per round of 32 streams.")] = 64,
-    new_tokens: Annotated[int, typer.Option(min=2)] = 64,
+    new_tokens: Tokens = 64,
 ) -> None:
     """Set up vLLM, llama.cpp and PEFT, and hold this server against them in turn."""
     from loadtest.compare import Plan as ComparePlan
@@ -113,7 +118,7 @@ def sweep_command(
         list[str] | None, typer.Argument(help="What grows; all without it.", metavar="[AXES]")
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder for tables and plots.")] = BUILD / "sweep",
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Count = 3,
     most: Annotated[int, typer.Option(min=1, help="Leave out larger values.")] = 2000,
     requests: Annotated[int, typer.Option(min=1, help="Of each stream in a round.")] = 2,
 ) -> None:
@@ -124,9 +129,9 @@ def sweep_command(
     from loadtest.sweep import AXES, sweep
 
     with _one_message():
+        if unknown := set(axes or ()) - set(AXES):
+            raise RuntimeError(f"no axis is called {', '.join(unknown)}: one of {', '.join(AXES)}")
         for name in axes or AXES:
-            if name not in AXES:
-                raise RuntimeError(f"there is no axis {name!r}: {', '.join(AXES)}")
             typer.echo(sweep(name, out, rounds=rounds, most=most, requests=requests))
 
 
@@ -136,8 +141,8 @@ def registered_command(
     count: Annotated[int, typer.Option(min=5)] = 2000,
     rank: Annotated[str, typer.Option(help="Such as 8, or 8,64 in turn.")] = "8",
     load: Annotated[float, typer.Option(min=0.01, help="Of the base's capacity.")] = 0.8,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
-    requests: Annotated[int, typer.Option(min=1)] = 200,
+    rounds: Count = 3,
+    requests: Count = 200,
 ) -> None:
     """Start servers with 5 and with 2,000 adapters, and play S-LoRA's workload to them in turn."""
     from loadtest.adapters import Kind
@@ -157,7 +162,7 @@ def flood_command(
     tenants: Annotated[int, typer.Option(min=2)] = 8,
     load: Annotated[float, typer.Option(min=0.01, help="Without the flood, of capacity.")] = 0.5,
     flood: Annotated[float, typer.Option(min=1, help="Times its share.")] = 10.0,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Count = 3,
     requests: Annotated[int, typer.Option(min=1, help="Of a round without the flood.")] = 100,
 ) -> None:
     """Start a server with API keys, and let one tenant send many times its share in turn."""
@@ -170,7 +175,7 @@ def flood_command(
 @app.command()
 def adapters(
     folder: Path,
-    count: int = 32,
+    count: Count = 32,
     rank: Annotated[str, typer.Option(help="Such as 16, or 8,64 in turn.")] = "16",
     share: Annotated[str, typer.Option(help="What all layers share: none, A, B or AB.")] = "A",
     common_a: Annotated[bool, typer.Option(help="All adapters have the same A.")] = False,
@@ -190,14 +195,19 @@ def adapters(
 
 @app.command()
 def gaps(
-    url: Url = DEFAULT_URL, base: Base = DEFAULT_BASE, streams: int = 8, prompt_words: int = 1500
+    url: Url = DEFAULT_URL,
+    base: Base = DEFAULT_BASE,
+    streams: Count = 8,
+    prompt_words: Count = 1500,
 ) -> None:
     """Streams decode; a long prompt arrives: how long does any of them wait for its next token?"""
     _show(lambda: quick.measure_gaps(url, base, streams, prompt_words))
 
 
 @app.command()
-def memory(pid: int, url: Url = DEFAULT_URL, num_adapters: int = 50, requests: int = 2000) -> None:
+def memory(
+    pid: int, url: Url = DEFAULT_URL, num_adapters: Count = 50, requests: Count = 2000
+) -> None:
     """Resident memory of process PID after a tenth of the requests and after all of them."""
     _show(lambda: quick.measure_memory(pid, url, num_adapters, requests))
 
@@ -212,8 +222,8 @@ def pool(url: Url = DEFAULT_URL) -> None:
 def uploads(
     url: Url = DEFAULT_URL,
     adapter: AdapterFolder = EXAMPLE,
-    rounds: int = 20,
-    prompt_words: int = 16,
+    rounds: Count = 20,
+    prompt_words: Count = 16,
 ) -> None:
     """How long an upload takes, and how soon after it the adapter's first token comes."""
     _tell(lambda: measure_uploads(url, adapter, rounds, prompt_words))
@@ -223,14 +233,14 @@ def uploads(
 def reloads(
     url: Url = DEFAULT_URL,
     adapter: AdapterFolder = EXAMPLE,
-    rounds: int = 4,
-    publications: int = 100,
-    roll_backs: int = 20,
-    pause_seconds: float = 0.2,
-    quiet_seconds: float = 15.0,
-    streams: int = 16,
-    prompt_words: int = 16,
-    new_tokens: int = 32,
+    rounds: Count = 4,
+    publications: Count = 100,
+    roll_backs: Annotated[int, typer.Option(min=0)] = 20,
+    pause_seconds: Annotated[float, typer.Option(min=0)] = 0.2,
+    quiet_seconds: Annotated[float, typer.Option(min=0.1)] = 15.0,
+    streams: Count = 16,
+    prompt_words: Count = 16,
+    new_tokens: Tokens = 32,
 ) -> None:
     """What publications and rollbacks of an adapter cost the streams to it."""
     plan = Plan(
@@ -252,13 +262,13 @@ def tiers(
     resident_url: Annotated[
         str | None, typer.Option(help="Of a second server, with room for every adapter.")
     ] = None,
-    num_adapters: int = 2000,
-    exponent: Annotated[float, typer.Option(help="Of the power law; 1 is uniform.")] = 0.3,
-    requests: int = 600,
-    rounds: int = 4,
-    streams: int = 16,
-    prompt_words: int = 8,
-    new_tokens: int = 32,
+    num_adapters: Count = 2000,
+    exponent: Annotated[float, typer.Option(min=0.01, help="Power law; 1 is uniform.")] = 0.3,
+    requests: Count = 600,
+    rounds: Count = 4,
+    streams: Count = 16,
+    prompt_words: Count = 8,
+    new_tokens: Tokens = 32,
     seed: int = 0,
 ) -> None:
     """Power-law traffic to adapters t000, t001, ..., of which few fit the device's memory."""
@@ -280,7 +290,7 @@ def merging(
     url: Url = DEFAULT_URL,
     base: Base = DEFAULT_BASE,
     adapter: Annotated[str, typer.Option(help="Name of the one to merge.")] = EXAMPLE.name,
-    rounds: int = 3,
+    rounds: Count = 3,
 ) -> None:
     """What merging by traffic gains one adapter, on a server with --merge auto."""
     _tell(lambda: measure_merging(url, base, adapter, rounds))
@@ -292,14 +302,14 @@ def step_command(
         Path | None, typer.Option(help="Folder of adapters, at least as many as streams.")
     ] = None,
     streams: Annotated[
-        list[int] | None, typer.Option(help="May be given several times; else 1, 8 and 32.")
+        list[int] | None, typer.Option(min=1, help="May be given several times; else 1, 8 and 32.")
     ] = None,
-    threads: int | None = None,
+    threads: Annotated[int | None, typer.Option(min=1)] = None,
     adapter_memory: Annotated[
         str, typer.Option(help="For adapters; all that are asked must fit.")
     ] = "2GiB",
     new_tokens: Annotated[int, typer.Option(min=4)] = 80,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rounds: Count = 3,
     output: Annotated[Path | None, typer.Option(help="File for the figures as JSON.")] = None,
 ) -> None:
     """Where a decode step's time goes, without HTTP; starts an engine of its own."""
@@ -325,10 +335,10 @@ def training(
     user: Annotated[str | None, typer.Option(help="As of sharelora-serve train.")] = None,
     assistant: Annotated[str | None, typer.Option(help="As of sharelora-serve train.")] = None,
     model: Annotated[str | None, typer.Option(help="Folder or hub id of the base.")] = None,
-    rank: int = 16,
-    batch_size: int = 8,
-    steps: Annotated[int, typer.Option(min=1)] = 20,
-    rounds: Annotated[int, typer.Option(min=1)] = 3,
+    rank: Count = 16,
+    batch_size: Count = 8,
+    steps: Count = 20,
+    rounds: Count = 3,
 ) -> None:
     """Tokens per second of training, against PEFT with transformers' Trainer in turn."""
     from loadtest.training import measure_training
@@ -378,4 +388,6 @@ def _end(*_signal: object) -> None:
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, _end)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as nohup leaves it
+        signal.signal(signal.SIGHUP, _end)
     app()

@@ -45,8 +45,9 @@ _WARMING_TOKENS = 2
 class Plan:
     """How much is measured.
 
-    peers     folder in which they are, or are set up
-    requests  of a round of 32 streams; fewer streams have fewer
+    peers       folder in which they are, or are set up
+    requests    of a round of 32 streams; fewer streams have fewer
+    new_tokens  of an answer; where first tokens are measured half as many to half as many more
     """
 
     peers: Path
@@ -131,12 +132,15 @@ class _Contest:
         # A lone stream has twice its share: with less its figure would be of one or two requests.
         share = (case.streams if case.streams > 1 else 2) / 32
         new_tokens = _WARMING_TOKENS if is_warming else self._plan.new_tokens
+        spread = 0
+        if case.is_waiting:  # streams that keep step would only tell how long a burst waits
+            share, spread = 2 * share, new_tokens // 2
         settings = Settings(
             base=BASE,
             num_requests=case.streams if is_warming else max(1, int(self._plan.requests * share)),
             num_adapters=case.num_adapters,
             prompt_words=(_PROMPT_WORDS, _PROMPT_WORDS),
-            new_tokens=(new_tokens, new_tokens),
+            new_tokens=(new_tokens - spread, new_tokens + spread),
             seed=number or 0,
         )
         workload = draw("base" if contender.is_base else "distinct", settings)

@@ -83,7 +83,7 @@ class LlamaCppEndpoint(Endpoint):
     def of(cls, url: str, base: str) -> "LlamaCppEndpoint":
         """Ask a server for its adapters, which are called as their files; RuntimeError if not."""
         try:
-            response = httpx.get(f"{url}/lora-adapters").raise_for_status()
+            response = httpx.get(f"{url}/lora-adapters", trust_env=False).raise_for_status()
             listed = [(PurePosixPath(each["path"]).stem, each["id"]) for each in response.json()]
         except (httpx.HTTPError, ValueError, KeyError, TypeError) as error:
             raise RuntimeError(f"{url} is no server of llama.cpp: {error!r}") from None

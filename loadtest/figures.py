@@ -36,6 +36,7 @@ class TenantFigures:
     num_answered: int
     num_tokens: int
     first_token_seconds: Percentiles
+    satisfaction: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +51,8 @@ class Figures:
     attainment              share of all requests whose first token came within SLO_SECONDS
     satisfaction            mean over all requests of 1 - (t / SLO_SECONDS)^2 of the first token's
                             t, 0 beyond and where none came
-    fairness                Jain's index of the tokens served per tenant: 1 if all had the same,
-                            1 / n if one had all
+    fairness                Jain's index of the tenants' satisfaction: 1 if all have the same, 1 / n
+                            if only one has any
     errors                  reason -> number of requests that failed for it
     """
 
@@ -83,7 +84,7 @@ def summarize(outcomes: Sequence[Outcome]) -> Figures:
     seconds = max(ends, default=start) - start
     waits = first_token_seconds(outcomes)
     tenants = _by_tenant(outcomes)
-    served = [each.num_tokens for each in tenants.values()]
+    num_tokens = sum(each.num_tokens for each in tenants.values())
     reasons = Counter((each.timeline.error or "")[:_MAX_ERROR_LENGTH] for each in failed)
     return Figures(
         num_requests=len(outcomes),
@@ -91,13 +92,13 @@ def summarize(outcomes: Sequence[Outcome]) -> Figures:
         num_refused=len(refused),
         num_failed=len(failed),
         seconds=seconds,
-        tokens_per_second=sum(served) / seconds if seconds else 0.0,
+        tokens_per_second=num_tokens / seconds if seconds else 0.0,
         requests_per_second=len(answered) / seconds if seconds else 0.0,
         first_token_seconds=Percentiles.of(waits),
         time_per_token_seconds=Percentiles.of(seconds_per_token(outcomes)),
         attainment=sum(wait < SLO_SECONDS for wait in waits) / len(outcomes),
-        satisfaction=sum(map(satisfaction, waits)) / len(outcomes),
-        fairness=jain_index(served),
+        satisfaction=_mean_satisfaction(outcomes),
+        fairness=jain_index([each.satisfaction for each in tenants.values()]),
         tenants=tenants,
         errors=dict(reasons.most_common()),
     )
@@ -125,6 +126,10 @@ def satisfaction(wait: float) -> float:
     return max(0.0, 1 - (wait / SLO_SECONDS) ** 2)
 
 
+def _mean_satisfaction(outcomes: Sequence[Outcome]) -> float:
+    return sum(map(satisfaction, first_token_seconds(outcomes))) / len(outcomes)
+
+
 def jain_index(shares: Sequence[float]) -> float:
     """(sum x)^2 / (n sum x^2): Jain, Chiu and Hawe, DEC-TR-301 (1984). 1 where all are zero."""
     squares = sum(share**2 for share in shares)
@@ -141,6 +146,7 @@ def _by_tenant(outcomes: Sequence[Outcome]) -> dict[str, TenantFigures]:
             num_answered=sum(each.is_answered for each in theirs),
             num_tokens=sum(each.timeline.num_tokens for each in theirs),
             first_token_seconds=Percentiles.of(first_token_seconds(theirs)),
+            satisfaction=_mean_satisfaction(theirs),
         )
         for tenant, theirs in sorted(of_tenant.items())
     }

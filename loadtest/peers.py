@@ -36,7 +36,15 @@ class Peer(ABC):
         """Set it up unless it is; RuntimeError, with what was said, if that cannot be done."""
         if self.is_set_up:
             return
+        marker = self.folder / "made-by-loadtest"
+        if self.folder.exists() and not marker.exists():
+            raise RuntimeError(
+                f"{self.folder} is there but was not set up by this command: move it away, or name "
+                "another folder with --peers"
+            )
         shutil.rmtree(self.folder, ignore_errors=True)  # what an earlier try left
+        self.folder.mkdir(parents=True)
+        marker.touch()
         venv.create(self.folder, with_pip=True)
         self._set_up()
 

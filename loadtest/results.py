@@ -40,7 +40,7 @@ def can_plot() -> bool:
     try:
         import matplotlib  # noqa: F401 - slow to import, and only plots need it
     except ImportError:
-        typer.echo("no plots: pip install 'sharelora-serve[loadtest]'", err=True)
+        typer.echo("no plots without matplotlib: make setup installs it", err=True)
         return False
     return True
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -65,14 +65,13 @@ class Server:
         """Ask it to end, and make it end if it does not."""
         self.go_on()
         self._signal(signal.SIGTERM)
-        try:
+        with suppress(subprocess.TimeoutExpired):
             self._process.wait(_END_SECONDS)
-        except subprocess.TimeoutExpired:
-            self._signal(signal.SIGKILL)
-            self._process.wait()
+        self._signal(signal.SIGKILL)  # also what outlives the process that started it
+        self._process.wait()
 
     def _signal(self, number: signal.Signals) -> None:
-        if self._process.poll() is None:
+        with suppress(ProcessLookupError):
             os.killpg(self._process.pid, number)
 
 
@@ -80,7 +79,8 @@ class Server:
 def running(command: Command, log: Path) -> Iterator[Server]:
     """A server that takes requests. Raises RuntimeError with the end of its log if it ends first.
 
-    Its process leads a group of its own, so that signals reach whatever it starts.
+    Its process leads a group of its own, so that signals reach whatever it starts. Settings of this
+    project's server in the environment (SHARELORA_...) do not reach it.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     environment = {
@@ -116,12 +116,13 @@ def only(server: Server, servers: Iterable[Server]) -> Iterator[None]:
 
 @contextmanager
 def our_server(log: Path, *arguments: str) -> Iterator[Server]:
-    """This project's, with a store that is forgotten and without a prefix cache.
+    """This project's, without a prefix cache and with a store that is forgotten, beside the log.
 
     Prompts are drawn from few words, and what a cache of their beginnings saves is not measured.
     """
     port = free_port()
-    with TemporaryDirectory() as store:
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix="store-", dir=log.parent) as store:
         words = (
             *(sys.executable, "-m", "sharelora_serve.cli", "serve", "--port", str(port)),
             *("--store", store, "--no-prefix-cache", "--log-level", "warning", *arguments),
@@ -133,7 +134,8 @@ def our_server(log: Path, *arguments: str) -> Iterator[Server]:
 def memory_settings(folder: Path, in_batch: int, *, share: float = 1.0) -> tuple[str, ...]:
     """Arguments of a server that give a share of a folder's adapters room, half in each tier.
 
-    A share of 1 is all of them in host memory, and on the device as many as a batch has.
+    A share of 1 is all of them in host memory, and on the device as many as a batch has; 512 MiB at
+    least of each. Below 1 the two tiers mostly hold the same ones: those that were asked last.
     """
     sizes = [file.stat().st_size for file in folder.glob("t*/adapter_model.safetensors")]
     if share < 1:
@@ -158,7 +160,7 @@ def _wait_until_ready(command: Command, process: subprocess.Popen[bytes], log: P
     deadline = time.monotonic() + _START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         try:
-            if httpx.get(command.url + command.ready_path).status_code == 200:
+            if httpx.get(command.url + command.ready_path, trust_env=False).status_code == 200:
                 return
         except httpx.HTTPError:
             pass  # not listening yet

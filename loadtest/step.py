@@ -165,16 +165,22 @@ def _measure(
 def _decode(
     loaded: Loaded, kernels: TimedKernels, owners: list[AdapterName | None], num_tokens: int
 ) -> float:
-    """The median milliseconds of a step; the kernels have counted those measured."""
+    """The median milliseconds of a step; the kernels have counted those measured.
+
+    RuntimeError if a stream fails: the others have steps to themselves then.
+    """
     generator = random.Random()
     ended = threading.Semaphore(0)
     times: list[float] = []
+    errors: list[str] = []
 
     def deliver(output: RequestOutput) -> None:
         if output.request_id == "0":
             times.append(time.perf_counter())
             if len(times) == num_tokens // 2:
                 kernels.clear()
+        if output.error is not None:
+            errors.append(f"{owners[int(output.request_id)] or 'the base'}: {output.error}")
         if output.finish_reason is not None:
             ended.release()
 
@@ -195,6 +201,8 @@ def _decode(
     )
     for _ in owners:
         ended.acquire()
+    if errors:
+        raise RuntimeError(f"{len(errors)} of {len(owners)} streams broke off, such as {errors[0]}")
     measured = times[num_tokens // 2 :]
     return 1000 * statistics.median(later - earlier for earlier, later in pairwise(measured))
 

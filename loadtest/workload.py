@@ -10,7 +10,7 @@ class Request:
     """One completion.
 
     arrival_seconds  after the start of the workload; None where the closed loop decides
-    tenant           who asks: fairness is over tenants, and a tenant may have a key of its own
+    tenant           who asks: figures are per tenant, and a tenant may have a key of its own
     """
 
     arrival_seconds: float | None

@@ -58,7 +58,10 @@ def draw(kind: str, settings: Settings) -> Workload:
         if not 1 <= least <= most:
             raise RuntimeError(f"{what}: {least} to {most} is no range of numbers from 1 on")
     if kind != "base" and settings.num_adapters < 1:
-        raise RuntimeError(f"{kind} is a workload over adapters: at least one is needed")
+        raise RuntimeError(
+            f"{kind} is a workload over adapters: give --num-adapters, of t000, t001, ... that the "
+            "server has; `python -m loadtest adapters FOLDER` writes such"
+        )
     return Workload(kind, tuple(KINDS[kind](settings)))
 
 

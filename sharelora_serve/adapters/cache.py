@@ -1,6 +1,7 @@
 """Where each version of an adapter is: device pages, host memory or only on disk.
 
-Every tier is inclusive of those above it and bounded in bytes; the least recently used leave first.
+What is loaded from disk is in both tiers above it; each is bounded in bytes, and the least recently
+used leave first.
 What runs on the engine thread only looks up and counts: files are read, factors hashed and pages
 written by loader threads.
 """

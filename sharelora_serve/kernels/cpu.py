@@ -184,6 +184,7 @@ class CpuKernels:
         has too little tells so at the start, and the process does not grow under load.
         """
         assert device.type == "cpu", "these kernels compute on a CPU"
+        assert BLOCK_SIZE == LANES, "attention reads a block of keys as a block of weights"
         like = stored(torch.empty(0, dtype=dtype)).dtype
         parts = -(-head_dim // LANES)
         shape = (num_layers, num_blocks, num_kv_heads)

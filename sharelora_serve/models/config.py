@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor
 from transformers import AutoConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
@@ -105,7 +106,10 @@ def load_model_config(folder: Path) -> ModelConfig:
             f"architecture {architecture!r} in {path} is not supported; "
             f"supported are {', '.join(ARCHITECTURES)}"
         )
-    config = AutoConfig.from_pretrained(folder)
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(f"{path} is not understood by transformers: {error}") from error
     problems = []
     if getattr(config, "quantization_config", None):
         problems.append(

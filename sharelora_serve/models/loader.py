@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sharelora_serve.errors import UnsupportedModelError
@@ -37,15 +38,25 @@ class ModelWeights:
     head: Any
 
 
+@contextmanager
+def _undamaged(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise UnsupportedModelError(
+            f"{path} is damaged: {error!r}; copy or download it again"
+        ) from error
+
+
 class _Checkpoint:
     """Every tensor of a folder's safetensors files, by name; remembers which were taken."""
 
     def __init__(self, folder: Path) -> None:
         index = folder / "model.safetensors.index.json"
+        files = ["model.safetensors"]
         if index.exists():
-            files = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        else:
-            files = ["model.safetensors"]
+            with _undamaged(index):
+                files = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         missing = [name for name in files if not (folder / name).exists()]
         if missing:
             raise UnsupportedModelError(
@@ -55,7 +66,8 @@ class _Checkpoint:
         self.folder = folder
         self._files = {}
         for name in files:
-            opened = safe_open(folder / name, framework="pt")
+            with _undamaged(folder / name):
+                opened = safe_open(folder / name, framework="pt")
             self._files.update(dict.fromkeys(opened.keys(), opened))
         self._left = set(self._files)
 
@@ -96,8 +108,8 @@ def load_weights(
     fold           applied to each adaptable weight before it is packed
     on_layer       called after each layer, for a progress bar
 
-    Raises UnsupportedModelError for tensors that are missing, misshapen, not understood, or too
-    large for the dtype.
+    Raises UnsupportedModelError for files that are damaged, and for tensors that are missing,
+    misshapen, not understood, not finite or too large for the dtype.
     """
     files = _Checkpoint(folder)
     shapes = config.layout("").shapes
@@ -109,16 +121,19 @@ def load_weights(
         kernels.pack(_cast(weight, dtype, name).to(device), weights[0])
         return weights[0]
 
+    def vector(name: str, size: int) -> Tensor:
+        return _cast(files.take(name, (size,)), torch.float32, name)
+
     def vectors(name: str, size: int) -> Tensor:
         """One vector of each layer; none of them where the first layer has none."""
         if f"model.layers.0.{name}" not in files:
             size = 0
         names = [f"model.layers.{layer}.{name}" for layer in range(num_layers)]
-        stacked = [files.take(n, (size,)).float() if size else torch.empty(0) for n in names]
-        return torch.stack(stacked).to(device)
+        return torch.stack([vector(n, size) if size else torch.empty(0) for n in names]).to(device)
 
     def norms(name: str, size: int) -> Tensor:
-        norm = vectors(f"{name}.weight", size)
+        name = f"{name}.weight"
+        norm = vectors(name, size)
         if norm.shape[1] != size:
             raise UnsupportedModelError(f"{folder}: tensor 'model.layers.0.{name}' is missing")
         return norm
@@ -148,9 +163,9 @@ def load_weights(
                 inputs, outputs = shapes[module]
                 name = f"model.layers.{layer}.{module}.weight"
                 weight = files.take(name, (outputs, inputs)).float()
-                parts.append(weight if fold is None else fold(layer, module, weight))
-            name = f"model.layers.{layer}.{modules[0]}.weight"
-            kernels.pack(_cast(torch.cat(parts), dtype, name).to(device), products[fused][layer])
+                weight = weight if fold is None else fold(layer, module, weight)
+                parts.append(_cast(weight, dtype, name))
+            kernels.pack(torch.cat(parts).to(device), products[fused][layer])
         on_layer(layer)
     cosine, sine = config.rotary_tables(max_positions)
     head_norm = config.head_dim if config.qk_norm else 0
@@ -169,7 +184,7 @@ def load_weights(
             cosine=cosine.to(device),
             sine=sine.to(device),
         ),
-        norm=files.take("model.norm.weight", (config.hidden_size,)).float().to(device),
+        norm=vector("model.norm.weight", config.hidden_size).to(device),
         head=embedding if config.tied else table("lm_head.weight"),
     )
     if config.tied and "lm_head.weight" in files:  # a copy of the embedding
@@ -213,17 +228,21 @@ def fold_weights(
             if not is_wanted():
                 return None
             weights = kernels.unpack(stacked[layer], sum(outputs), dtype).float().split(outputs)
-            changed = [fold(layer, *part) for part in zip(parts, weights, strict=True)]
-            name = f"model.layers.{layer}.{parts[0]}.weight"
-            kernels.pack(_cast(torch.cat(changed), dtype, name), folded[layer])
+            changed = [
+                _cast(fold(layer, *part), dtype, f"model.layers.{layer}.{part[0]}.weight")
+                for part in zip(parts, weights, strict=True)
+            ]
+            kernels.pack(torch.cat(changed), folded[layer])
         products[fused] = folded
     return replace(base, layers=replace(base.layers, **products))
 
 
 def _cast(weight: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     cast = weight.to(dtype)
-    if not bool(torch.isfinite(cast).all()):
-        raise UnsupportedModelError(
-            f"{name} holds values that {dtype} cannot; serve it with --dtype float32"
-        )
-    return cast
+    if torch.isfinite(cast).all():
+        return cast
+    if torch.isfinite(weight).all():
+        remedy = f"values that {dtype} cannot hold; serve it with --dtype float32"
+    else:
+        remedy = "infinite values or NaN, with which nothing can be answered; save it again"
+    raise UnsupportedModelError(f"{name} has {remedy}")

@@ -1,5 +1,6 @@
 """The arithmetic of reports, on timelines that are made up."""
 
+import math
 import random
 
 import pytest
@@ -7,6 +8,7 @@ import pytest
 from loadtest.client import Timeline
 from loadtest.comparison import CASES, Comparison
 from loadtest.figures import Figures, jain_index, satisfaction, summarize
+from loadtest.flood import others_wait
 from loadtest.markdown import figure, table
 from loadtest.player import Outcome
 from loadtest.results import report
@@ -59,15 +61,25 @@ def test_a_request_without_a_first_token_attains_nothing(found: Figures) -> None
     assert found.satisfaction == pytest.approx((2 * (1 - 1 / 36) + (1 - 9 / 36)) / 6)
 
 
-def test_fairness_is_over_the_tokens_served_to_each_tenant(found: Figures) -> None:
+def test_fairness_is_over_the_satisfaction_of_each_tenant(found: Figures) -> None:
     assert {name: each.num_tokens for name, each in found.tenants.items()} == {
         "acme": 5,
         "bolt": 3,
         "coil": 0,
     }
-    assert found.fairness == pytest.approx(8**2 / (3 * (5**2 + 3**2)))
+    acme, bolt = (1 - 1 / 36 + 1 - 9 / 36) / 2, (1 - 1 / 36) / 3
+    assert found.fairness == pytest.approx((acme + bolt) ** 2 / (3 * (acme**2 + bolt**2)))
     assert found.tenants["acme"].first_token_seconds.p99 == 3.0
     assert found.tenants["coil"].first_token_seconds.p99 is None
+
+
+def test_others_that_a_flood_got_refused_have_waited_for_ever() -> None:
+    answered = [outcome("t001", 0.0, 1.0 + number / 100) for number in range(98)]
+    flooding = [outcome("t000", 0.0, status=429, error="429")] * 50
+    refused = [outcome("t002", 0.0, status=429, error="429")]
+    assert others_wait(answered + flooding) == pytest.approx(1.97)
+    assert others_wait(answered + flooding + refused) == math.inf
+    assert others_wait([*answered, *answered, *refused]) == pytest.approx(1.97)
 
 
 def test_several_tokens_in_one_event_are_several_tokens() -> None:

@@ -1,6 +1,9 @@
 """Servers that are started, held still and ended; peers that cannot be set up."""
 
+import os
+import shlex
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 
 import httpx
@@ -30,6 +33,19 @@ def test_a_server_answers_but_while_it_is_held_still(tmp_path: Path) -> None:
             httpx.get(server.url, timeout=0.5)
     with pytest.raises(httpx.ConnectError):
         httpx.get(server.url)
+
+
+def test_what_a_server_would_leave_running_is_ended_too(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    command = file_server(tmp_path)
+    # A child that is deaf to SIGTERM and holds the pipe open as long as it lives.
+    script = f"(trap '' TERM; sleep 300 > {pipe}) & exec {shlex.join(command.words)}"
+    with ExitStack() as stack:
+        words = ("/bin/sh", "-c", script)
+        with running(Command(words, command.port, "/"), tmp_path / "log"):
+            end = stack.enter_context(pipe.open("rb"))
+        assert end.read() == b""  # which comes when nobody can write any more
 
 
 def test_a_server_that_does_not_start_says_what_its_log_says(tmp_path: Path) -> None:
@@ -72,6 +88,15 @@ class MissingPeer(Peer):
 
     def _set_up(self) -> None:
         self._pip("install", "--no-index", "sharelora-no-such-package")
+
+
+def test_a_folder_that_was_there_before_is_not_taken_for_a_peer(tmp_path: Path) -> None:
+    mine = tmp_path / "peer" / "mine"
+    mine.parent.mkdir()
+    mine.write_text("do not lose")
+    with pytest.raises(RuntimeError, match="move it away, or name another folder with --peers"):
+        MissingPeer(tmp_path).prepare()
+    assert mine.read_text() == "do not lose"
 
 
 @pytest.mark.slow

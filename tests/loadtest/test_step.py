@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from loadtest.__main__ import app
 from loadtest.step import ADAPTERS, PARTS, PYTHON, measure_steps
 from loadtest.timed_kernels import PRODUCTS, TimedKernels
+from sharelora_serve.engine.sampler import Sampler
 from tests.golden.bases import Base, open_base
 from tests.golden.serving import running_engine, serve_together
 
@@ -68,6 +69,23 @@ def test_too_few_adapters_are_told(base: Base, tmp_path: Path) -> None:
             threads=1,
             adapter_memory="64MiB",
             num_tokens=4,
+            rounds=1,
+            model=str(base.folder),
+        )
+
+
+def test_a_stream_that_breaks_off_is_told(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ArithmeticError("no numbers today")
+
+    monkeypatch.setattr(Sampler, "sample", fail)
+    with pytest.raises(RuntimeError, match=r"2 of 2 streams broke off, such as the base: the server failed"):
+        measure_steps(
+            None,
+            streams=[2],
+            threads=1,
+            adapter_memory="64MiB",
+            num_tokens=8,
             rounds=1,
             model=str(base.folder),
         )
