@@ -72,7 +72,7 @@ def seeds_table(results: Results, task: str) -> str:
             )
         )
     headings = (
-        task, "learning rate", f"{score} by seed", "mean", "more than LoRA",
+        task, "learning rate", f"{score} by seed", "mean", "difference from LoRA",
         "memory of training",
     )  # fmt: skip
     return table(headings, lines)
