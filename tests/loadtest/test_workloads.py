@@ -126,7 +126,7 @@ def test_without_a_rate_nothing_has_an_arrival(settings: Settings) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"num_adapters": 0}, "at least one"),
+        ({"num_adapters": 0}, "give --num-adapters"),
         ({"prompt_words": (8, 4)}, "prompt words: 8 to 4"),
         ({"new_tokens": (0, 4)}, "new tokens: 0 to 4"),
     ],
