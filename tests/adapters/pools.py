@@ -1,4 +1,4 @@
-"""A tiny base's layout, adapters of any form for it, and what a pool holds of them."""
+"""Adapters of any form for a tiny base, and what a pool holds of them."""
 
 from collections.abc import Callable
 
@@ -10,18 +10,8 @@ from sharelora_serve.adapters.adapter import Adapter, FactorPair
 from sharelora_serve.adapters.layout import MODULES, BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK
 from sharelora_serve.adapters.pool import MatrixPool, Resident
+from tests.adapters.samples import LAYOUT
 
-NUM_LAYERS = 3
-SHAPES = {
-    "self_attn.q_proj": (24, 24),
-    "self_attn.k_proj": (24, 8),
-    "self_attn.v_proj": (24, 8),
-    "self_attn.o_proj": (24, 24),
-    "mlp.gate_proj": (24, 40),
-    "mlp.up_proj": (24, 40),
-    "mlp.down_proj": (40, 24),
-}
-LAYOUT = BaseLayout("tiny", NUM_LAYERS, SHAPES)
 FORMS = ("LoRA", "ShareA", "ShareB", "ShareAB", "common A")
 
 

@@ -14,7 +14,8 @@ from sharelora_serve.adapters.pool import MatrixPool
 from sharelora_serve.errors import AdapterInvalidError
 from sharelora_serve.models.config import load_model_config
 from sharelora_serve.models.embedded import embedded_base_folder
-from tests.adapters.pools import LAYOUT, add, assert_reads_back, factor, make_adapter
+from tests.adapters.pools import add, assert_reads_back, factor, make_adapter
+from tests.adapters.samples import LAYOUT
 
 FOLDER = Path(__file__).parents[2] / "adapters"
 EXAMPLES = [file.parent for file in FOLDER.glob("*/adapter_config.json")]

@@ -14,16 +14,8 @@ from sharelora_serve.adapters.layout import MODULES, BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK, PageAllocator, PoolFullError
 from sharelora_serve.adapters.pool import MatrixPool, Resident
 from sharelora_serve.errors import AdapterInvalidError, ConfigurationError
-from tests.adapters.pools import (
-    FORMS,
-    LAYOUT,
-    NUM_LAYERS,
-    SHAPES,
-    add,
-    assert_reads_back,
-    factor,
-    make_adapter,
-)
+from tests.adapters.pools import FORMS, add, assert_reads_back, factor, make_adapter
+from tests.adapters.samples import LAYOUT, NUM_LAYERS
 
 
 def contents(adapter: Adapter, dtype: torch.dtype) -> set[tuple[bytes, torch.Size]]:
@@ -209,7 +201,7 @@ def test_many_adapters_of_one_common_a_cost_one_a_and_their_b() -> None:
         add(pool, adapter, LAYOUT)
     # One A per input width: q, k, v, o, gate and up read 24 features, down reads 40.
     a_bytes = 2 * rank * (24 + 40)
-    b_bytes = 2 * rank * NUM_LAYERS * sum(out_features for _, out_features in SHAPES.values())
+    b_bytes = 2 * rank * NUM_LAYERS * sum(outputs for _, outputs in LAYOUT.shapes.values())
     assert pool.stats().used_bytes == a_bytes + 200 * b_bytes
     assert pool.stats().num_factors == 2 + 200 * NUM_LAYERS * len(MODULES)
 
