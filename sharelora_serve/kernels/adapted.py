@@ -20,14 +20,15 @@ from sharelora_serve.kernels.vector import to_float
 
 _PIECE_ROWS = 6  # few enough that one long prompt occupies every core, enough to reuse a page
 
+_EXPAND_ROWS = 3
+
 # Rows times rank rows, and rows times blocks of outputs: as many sums as there are registers.
 _shrink_three = make_shrink_tile(3, 4)
 _shrink_two = make_shrink_tile(2, 4)
 _shrink_one = make_shrink_tile(1, 8)
-_expand_three = make_product_tile(3, 2, accumulate=True)
-_expand_two = make_product_tile(2, 2, accumulate=True)
+_expand_few = make_product_tile(_EXPAND_ROWS, 2, accumulate=True)
 _expand_one = make_product_tile(1, 4, accumulate=True)
-_expand_block = make_product_tile(1, 1, accumulate=True)
+_expand_block = make_product_tile(_EXPAND_ROWS, 1, accumulate=True)
 
 
 @numba.njit(nogil=True)
@@ -97,27 +98,22 @@ def _expand(
     """out[first:first + count, column:column + width] += hidden times one page of B."""
     start, row = page * PAGE_RANK * width, 0
     while row < count:
-        rows, to, at = min(3, count - row), first + row, 0
-        if rows == 3:
-            while width - at >= 2 * LANES:
-                _expand_three(
-                    hidden, row, 0, arena, start + at, width, LANES, PAGE_RANK, out, to, column + at
-                )
-                at += 2 * LANES
-        elif rows == 2:
-            while width - at >= 2 * LANES:
-                _expand_two(
-                    hidden, row, 0, arena, start + at, width, LANES, PAGE_RANK, out, to, column + at
-                )
-                at += 2 * LANES
-        else:
+        rows, to, at = min(_EXPAND_ROWS, count - row), first + row, 0
+        if rows == 1:
             while width - at >= 4 * LANES:
                 _expand_one(
-                    hidden, row, 0, arena, start + at, width, LANES, PAGE_RANK, out, to, column + at
-                )
+                    hidden, row, 1, 0, arena, start + at, width, LANES, PAGE_RANK,
+                    out, to, column + at,
+                )  # fmt: skip
                 at += 4 * LANES
-        for i in range(rows):
-            _expand_rest(hidden, row + i, arena, start, at, width, out, to + i, column)
+        else:
+            while width - at >= 2 * LANES:
+                _expand_few(
+                    hidden, row, rows, 0, arena, start + at, width, LANES, PAGE_RANK,
+                    out, to, column + at,
+                )  # fmt: skip
+                at += 2 * LANES
+        _expand_rest(hidden, row, rows, arena, start, at, width, out, to, column)
         row += rows
 
 
@@ -125,6 +121,7 @@ def _expand(
 def _expand_rest(
     hidden: Any,
     row: Any,
+    rows: Any,
     arena: Any,
     start: Any,
     at: Any,
@@ -133,16 +130,17 @@ def _expand_rest(
     to: Any,
     column: Any,
 ) -> None:
-    """out[to, column + at:column + width] += hidden[row] times what is left of a page of B."""
+    """out[to:to + rows, column + at:column + width] += hidden[row:] times the rest of a page."""
     while width - at >= LANES:
         _expand_block(
-            hidden, row, 0, arena, start + at, width, LANES, PAGE_RANK, out, to, column + at
+            hidden, row, rows, 0, arena, start + at, width, 0, PAGE_RANK, out, to, column + at
         )
         at += LANES
-    for n in range(at, width):
-        for rank in range(PAGE_RANK):
-            factor = to_float(arena[start + rank * width + n])
-            out[to, column + n] += hidden[row, rank] * factor
+    for i in range(rows):
+        for n in range(at, width):
+            for rank in range(PAGE_RANK):
+                factor = to_float(arena[start + rank * width + n])
+                out[to + i, column + n] += hidden[row + i, rank] * factor
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)

@@ -161,7 +161,7 @@ def attend(
             fetch_lines(values, block * size, size)
             if j + 1 < end:
                 fetch_lines(keys, (table[j + 1] * kv_heads + k) * size, size)
-            block_product(query, 0, 0, rows, key_blocks, block, scores, column)
+            block_product(query, rows, key_blocks, block * size, LANES, dim, scores, column)
         for r in range(rows):
             length = positions[first + r // group] + 1
             start = begin * BLOCK_SIZE
@@ -171,10 +171,10 @@ def attend(
             block = (table[j] * kv_heads + k) * dim_blocks
             column = (j - begin) * BLOCK_SIZE
             for part in range(dim_blocks):
+                start = (block + part) * BLOCK_SIZE * LANES
                 add_product(
-                    scores, 0, column, rows, value_blocks, (block + part) * BLOCK_SIZE * LANES,
-                    LANES, BLOCK_SIZE, total, 0, part * LANES,
-                )  # fmt: skip
+                    scores, column, rows, value_blocks, start, BLOCK_SIZE, total, part * LANES
+                )
         for r in range(rows):
             start = (k * group + r % group) * head_dim
             to = out[first + r // group]

@@ -15,10 +15,10 @@ from torch import Tensor
 from sharelora_serve.kernels.adapted import add_adapters, make_pieces
 from sharelora_serve.kernels.attention import attend
 from sharelora_serve.kernels.batch import BLOCK_SIZE, AdapterBatch, AttentionBatch
-from sharelora_serve.kernels.elementwise import add_and_norm, embed, silu_and_multiply
+from sharelora_serve.kernels.elementwise import add_and_norm, silu_and_multiply
 from sharelora_serve.kernels.layers import Buffers, LayerWeights
 from sharelora_serve.kernels.matrix import DEPTH, has_matrix_registers
-from sharelora_serve.kernels.product import pack, product, unpack
+from sharelora_serve.kernels.product import embed, pack, product, unpack
 from sharelora_serve.kernels.tiles import LANES
 
 _NO_BIAS = np.empty(0, np.float32)

@@ -6,8 +6,7 @@ from typing import Any
 import numba
 import numpy as np
 
-from sharelora_serve.kernels.tiles import LANES
-from sharelora_serve.kernels.vector import float_from_bits, to_float
+from sharelora_serve.kernels.vector import float_from_bits
 
 _LOG2_E = np.float32(1.4426950408889634)
 _LN2_HIGH = np.float32(0.693359375)
@@ -75,15 +74,3 @@ def silu_and_multiply(gate_up: Any, out: Any) -> None:
     else:
         for t in numba.prange(out.shape[0]):
             _silu_and_multiply_row(gate_up[t, :inner], gate_up[t, inner : 2 * inner], out[t])
-
-
-@numba.njit(nogil=True, cache=True)
-def embed(weight: Any, token_ids: Any, out: Any) -> None:
-    """out[t] = row token_ids[t] of a packed weight."""
-    for t in range(token_ids.shape[0]):
-        block, lane = token_ids[t] // LANES, token_ids[t] % LANES
-        for i in range(out.shape[1]):
-            if weight.ndim == 4:
-                out[t, i] = to_float(weight[block, i // 2, lane, i % 2])
-            else:
-                out[t, i] = to_float(weight[block, i, lane])

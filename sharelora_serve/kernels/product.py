@@ -1,9 +1,12 @@
 """Dense products with packed weights on CPU: the base's linear layers and the scores of attention.
 
-A packed weight is (ceil(out / LANES), in, LANES): blocks of LANES outputs, padded with zeros. For
-matrix registers it is (ceil(out / LANES), in / 2, LANES, 2): two inputs of an output side by side.
+A packed weight is (ceil(out / LANES), in, LANES): blocks of LANES outputs, padded with zeros. In
+memory the blocks of a strip take turns, input by input, so that a strip is one stream; `_place`
+tells where a block's numbers stand. For matrix registers a packed weight is
+(ceil(out / LANES), in / 2, LANES, 2): two inputs of an output side by side.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numba
@@ -11,151 +14,118 @@ import numpy as np
 
 from sharelora_serve.kernels.matrix import empty_rows, multiply_blocks, split
 from sharelora_serve.kernels.tiles import LANES, make_product_tile
-from sharelora_serve.kernels.vector import has_avx512
+from sharelora_serve.kernels.vector import has_avx512, to_float
 
-_WIDE = 2 if has_avx512() else 1
-"""Neighbouring blocks that one tile of `product` computes."""
+_STRIP = 3 if has_avx512() else 1
+"""Neighbouring blocks that take turns in memory, and that one tile of `product` computes."""
+
+_TALL = 8 if has_avx512() else 6
+"""Most rows of such a tile: its sums fill the registers."""
 
 _ONE_ROW_WIDE = 3
 """Neighbouring blocks for one row alone: with fewer, sums wait for sums and memory for both."""
 
-_TALL = 12 if has_avx512() else 6
-_MEDIUM = 8 if has_avx512() else 4
-"""Rows of the larger tiles, so that their sums fill the registers."""
+_MOST_ROWS = 6
+"""Of a tile of one block."""
 
 _FEW_ROWS = 64
 """So many are split by one thread: waking the others takes as long."""
 
-_tall_wide = make_product_tile(_TALL, _WIDE, accumulate=False)
-_medium_wide = make_product_tile(_MEDIUM, _WIDE, accumulate=False)
-_tall_fetching = make_product_tile(_TALL, _WIDE, accumulate=False, fetches=True)
-_medium_fetching = make_product_tile(_MEDIUM, _WIDE, accumulate=False, fetches=True)
-_four_wide = make_product_tile(4, _WIDE, accumulate=False)
-_three_wide = make_product_tile(3, _WIDE, accumulate=False)
-_two_wide = make_product_tile(2, _WIDE, accumulate=False)
-_one_wide = make_product_tile(1, _WIDE, accumulate=False)
-_one_widest = make_product_tile(1, _ONE_ROW_WIDE, accumulate=False)
-_six = make_product_tile(6, 1, accumulate=False)
-_four = make_product_tile(4, 1, accumulate=False)
-_three = make_product_tile(3, 1, accumulate=False)
-_two = make_product_tile(2, 1, accumulate=False)
-_one = make_product_tile(1, 1, accumulate=False)
-_six_more = make_product_tile(6, 1, accumulate=True)
-_four_more = make_product_tile(4, 1, accumulate=True)
-_three_more = make_product_tile(3, 1, accumulate=True)
-_two_more = make_product_tile(2, 1, accumulate=True)
-_one_more = make_product_tile(1, 1, accumulate=True)
+_strip_tile = make_product_tile(_TALL, _STRIP, accumulate=False)
+_fetching_tile = make_product_tile(_TALL, _STRIP, accumulate=False, fetches=True)
+_one_row_tile = make_product_tile(1, _ONE_ROW_WIDE, accumulate=False)
+_block_tile = make_product_tile(_MOST_ROWS, 1, accumulate=False)
+_adding_tile = make_product_tile(_MOST_ROWS, 1, accumulate=True)
 
 
 @numba.njit(nogil=True)
-def _wide_product(x: Any, weight: Any, block: Any, out: Any) -> None:
-    """All rows of x times _WIDE neighbouring blocks."""
-    rows, row, depth = x.shape[0], 0, weight.shape[1]
-    size, column = depth * LANES, block * LANES
-    start = block * size
-    # Low tiles wait for their sums: rather two medium ones than a tall and a low one.
-    # The first tile waits for memory, the further ones fetch what the next strip's first will read.
-    while rows - row >= _TALL and not 0 < rows - row - _TALL <= _TALL - _MEDIUM:
-        if row == 0:
-            _tall_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
+def _place(weight: Any, block: Any) -> Any:
+    """The element at which a block of a packed weight begins, and how far its inputs are apart."""
+    blocks, depth = weight.shape[0], weight.shape[1]
+    first = block // _STRIP * _STRIP
+    width = min(_STRIP, blocks - first)
+    return (first * depth + block - first) * LANES, width * LANES
+
+
+@numba.njit(nogil=True)
+def _strip_product(x: Any, weight: Any, strip: Any, out: Any) -> None:
+    """All rows of x times a whole strip, in tiles of about as many rows: low ones wait for sums."""
+    rows, depth = x.shape[0], weight.shape[1]
+    stride = _STRIP * LANES
+    start, column = strip * depth * stride, strip * stride
+    tiles = -(-rows // _TALL)
+    row = 0
+    for tile in range(tiles):
+        count = rows * (tile + 1) // tiles - row
+        # The first waits for memory, the further ones fetch what the next strip's first will read.
+        if tile == 0:
+            _strip_tile(x, row, count, 0, weight, start, stride, LANES, depth, out, row, column)
         else:
-            _tall_fetching(x, row, 0, weight, start, LANES, size, depth, out, row, column)
-        row += _TALL
-    while rows - row >= _MEDIUM:
-        if row == 0:
-            _medium_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
-        else:
-            _medium_fetching(x, row, 0, weight, start, LANES, size, depth, out, row, column)
-        row += _MEDIUM
-    while rows - row >= 4:
-        _four_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
-        row += 4
-    if rows - row == 3:
-        _three_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
-    elif rows - row == 2:
-        _two_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
-    elif rows - row == 1:
-        _one_wide(x, row, 0, weight, start, LANES, size, depth, out, row, column)
+            _fetching_tile(x, row, count, 0, weight, start, stride, LANES, depth, out, row, column)
+        row += count
 
 
 @numba.njit(nogil=True)
 def block_product(
-    x: Any, x_row: Any, x_column: Any, rows: Any, weight: Any, block: Any, out: Any, column: Any
-) -> None:
-    """out[:rows, column:column + LANES] = x[x_row:x_row + rows, x_column:] times one block."""
-    row, depth = 0, weight.shape[1]
-    size = depth * LANES
-    start = block * size
-    while rows - row >= 6:
-        _six(x, x_row + row, x_column, weight, start, LANES, size, depth, out, row, column)
-        row += 6
-    if rows - row >= 4:
-        _four(x, x_row + row, x_column, weight, start, LANES, size, depth, out, row, column)
-        row += 4
-    if rows - row == 3:
-        _three(x, x_row + row, x_column, weight, start, LANES, size, depth, out, row, column)
-    elif rows - row == 2:
-        _two(x, x_row + row, x_column, weight, start, LANES, size, depth, out, row, column)
-    elif rows - row == 1:
-        _one(x, x_row + row, x_column, weight, start, LANES, size, depth, out, row, column)
-
-
-@numba.njit(nogil=True)
-def add_product(
     x: Any,
-    x_row: Any,
-    x_column: Any,
     rows: Any,
     weight: Any,
     start: Any,
     stride: Any,
     depth: Any,
     out: Any,
-    out_row: Any,
     column: Any,
 ) -> None:
-    """out[out_row:, column:column + LANES] += rows of x times `depth` lines of LANES weights.
+    """out[:rows, column:column + LANES] = x[:rows] times `depth` lines of LANES weights.
 
     Line k begins at element start + k * stride of `weight`.
     """
-    row = 0
-    while rows - row >= 6:
-        _six_more(
-            x, x_row + row, x_column, weight, start, stride, 0, depth, out, out_row + row, column
-        )
-        row += 6
-    if rows - row >= 4:
-        _four_more(
-            x, x_row + row, x_column, weight, start, stride, 0, depth, out, out_row + row, column
-        )
-        row += 4
-    if rows - row == 3:
-        _three_more(
-            x, x_row + row, x_column, weight, start, stride, 0, depth, out, out_row + row, column
-        )
-    elif rows - row == 2:
-        _two_more(
-            x, x_row + row, x_column, weight, start, stride, 0, depth, out, out_row + row, column
-        )
-    elif rows - row == 1:
-        _one_more(
-            x, x_row + row, x_column, weight, start, stride, 0, depth, out, out_row + row, column
-        )
+    for row in range(0, rows, _MOST_ROWS):
+        count = min(_MOST_ROWS, rows - row)
+        _block_tile(x, row, count, 0, weight, start, stride, 0, depth, out, row, column)
+
+
+@numba.njit(nogil=True)
+def add_product(
+    x: Any,
+    x_column: Any,
+    rows: Any,
+    weight: Any,
+    start: Any,
+    depth: Any,
+    out: Any,
+    column: Any,
+) -> None:
+    """out[:rows, column:column + LANES] += x[:rows, x_column:] times `depth` lines of weights.
+
+    The first line begins at element `start` of `weight`.
+    """
+    for row in range(0, rows, _MOST_ROWS):
+        count = min(_MOST_ROWS, rows - row)
+        _adding_tile(x, row, count, x_column, weight, start, LANES, 0, depth, out, row, column)
 
 
 @numba.njit(parallel=True, nogil=True)
 def _one_row(x: Any, weight: Any, bias: Any, out: Any) -> None:
     """`product` of one row, which is bound by how fast weights come from memory."""
-    depth = weight.shape[1]
-    size = depth * LANES
-    strips = weight.shape[0] // _ONE_ROW_WIDE
-    for strip in numba.prange(strips):
-        block = strip * _ONE_ROW_WIDE
-        start, column = block * size, block * LANES
-        _one_widest(x, 0, 0, weight, start, LANES, size, depth, out, 0, column)
+    blocks, depth = weight.shape[0], weight.shape[1]
+    wholes = blocks // _ONE_ROW_WIDE
+    for whole in numba.prange(wholes):
+        block = whole * _ONE_ROW_WIDE
+        start, stride = _place(weight, block)
+        apart = _place(weight, block + 1)[0] - start
+        column = block * LANES
+        _one_row_tile(x, 0, 1, 0, weight, start, stride, apart, depth, out, 0, column)
         _add_bias(bias, out, column, column + _ONE_ROW_WIDE * LANES)
-    for block in range(strips * _ONE_ROW_WIDE, weight.shape[0]):
-        block_product(x, 0, 0, 1, weight, block, out, block * LANES)
+    _remaining_blocks(x, weight, wholes * _ONE_ROW_WIDE, bias, out)
+
+
+@numba.njit(nogil=True)
+def _remaining_blocks(x: Any, weight: Any, first: Any, bias: Any, out: Any) -> None:
+    """`product` of the blocks from `first` on."""
+    for block in range(first, weight.shape[0]):
+        start, stride = _place(weight, block)
+        block_product(x, x.shape[0], weight, start, stride, weight.shape[1], out, block * LANES)
         _add_bias(bias, out, block * LANES, (block + 1) * LANES)
 
 
@@ -183,13 +153,11 @@ def _vector_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     if x.shape[0] == 1:
         _one_row(x, weight, bias, out)
         return
-    pairs = weight.shape[0] // _WIDE
-    for pair in numba.prange(pairs):
-        _wide_product(x, weight, pair * _WIDE, out)
-        _add_bias(bias, out, pair * _WIDE * LANES, (pair + 1) * _WIDE * LANES)
-    for block in range(pairs * _WIDE, weight.shape[0]):
-        block_product(x, 0, 0, x.shape[0], weight, block, out, block * LANES)
-        _add_bias(bias, out, block * LANES, (block + 1) * LANES)
+    strips = weight.shape[0] // _STRIP
+    for strip in numba.prange(strips):
+        _strip_product(x, weight, strip, out)
+        _add_bias(bias, out, strip * _STRIP * LANES, (strip + 1) * _STRIP * LANES)
+    _remaining_blocks(x, weight, strips * _STRIP, bias, out)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -217,20 +185,51 @@ def _add_bias(bias: Any, out: Any, begin: Any, end: Any) -> None:
                 out[t, column] += bias[column]
 
 
+@numba.njit(nogil=True, cache=True)
+def embed(weight: Any, token_ids: Any, out: Any) -> None:
+    """out[t] = row token_ids[t] of a packed weight."""
+    for t in range(token_ids.shape[0]):
+        block, lane = token_ids[t] // LANES, token_ids[t] % LANES
+        if weight.ndim == 4:
+            for i in range(out.shape[1]):
+                out[t, i] = to_float(weight[block, i // 2, lane, i % 2])
+        else:
+            numbers = weight.reshape(-1)
+            start, stride = _place(weight, block)
+            for i in range(out.shape[1]):
+                out[t, i] = to_float(numbers[start + i * stride + lane])
+
+
 def pack(weight: np.ndarray[Any, Any], to: np.ndarray[Any, Any]) -> None:
     """Lay a stored weight (out, in) out as `product` reads it."""
     outputs, inputs = weight.shape
-    blocks = -(-outputs // LANES)
+    blocks = to.shape[0]
     padded = np.zeros((blocks * LANES, inputs), weight.dtype)
     padded[:outputs] = weight
     if to.ndim == 4:
         to[...] = padded.reshape(blocks, LANES, inputs // 2, 2).transpose(0, 2, 1, 3)
-    else:
-        to[...] = padded.reshape(blocks, LANES, inputs).transpose(0, 2, 1)
+        return
+    block = 0
+    for strips in _strips(to):
+        count, _, width, _ = strips.shape
+        rows = padded[block * LANES : (block + count * width) * LANES]
+        strips[...] = rows.reshape(count, width, LANES, inputs).transpose(0, 3, 1, 2)
+        block += count * width
 
 
 def unpack(packed: np.ndarray[Any, Any], outputs: int) -> np.ndarray[Any, Any]:
     """The stored weight (out, in) that `pack` laid out."""
     if packed.ndim == 4:
         return packed.transpose(0, 2, 1, 3).reshape(-1, 2 * packed.shape[1])[:outputs]
-    return packed.transpose(0, 2, 1).reshape(-1, packed.shape[1])[:outputs]
+    inputs = packed.shape[1]
+    rows = [strips.transpose(0, 2, 3, 1).reshape(-1, inputs) for strips in _strips(packed)]
+    return np.concatenate(rows)[:outputs]
+
+
+def _strips(packed: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
+    """Views (strips, in, blocks of a strip, LANES): of the whole strips, and of what is left."""
+    blocks, inputs, _ = packed.shape
+    whole = blocks // _STRIP * _STRIP
+    yield packed[:whole].reshape(-1, inputs, _STRIP, LANES)
+    if whole < blocks:
+        yield packed[whole:].reshape(1, inputs, blocks - whole, LANES)

@@ -26,28 +26,37 @@ _FETCHES = 2  # cache lines per step of a dot product: more would wait for each 
 
 
 def make_product_tile(
-    num_rows: int, num_blocks: int, *, accumulate: bool, fetches: bool = False
+    max_rows: int, num_blocks: int, *, accumulate: bool, fetches: bool = False
 ) -> Any:
-    """An intrinsic for a few rows times a few blocks of outputs.
+    """An intrinsic for up to `max_rows` rows times a few blocks of outputs.
 
-    tile(x, x_row, x_column, weight, start, stride, apart, depth, out, out_row, out_column)
-    computes, for i < num_rows, j < num_blocks, lane l < LANES and w = start + j * apart,
+    tile(x, x_row, rows, x_column, weight, start, stride, apart, depth, out, out_row, out_column)
+    computes, for i < rows, j < num_blocks, lane l < LANES and w = start + j * apart,
 
         out[out_row + i, out_column + j * LANES + l]
             (+)= sum over k < depth of x[x_row + i, x_column + k] * weight[w + k * stride + l]
 
-    x       (rows, columns)   float32
-    weight  any shape         as stored; addressed by element
-    out     (rows, columns)   float32; added to when `accumulate`
+    x       (num_rows, columns)   float32
+    weight  any shape             as stored; addressed by element
+    out     (num_rows, columns)   float32; added to when `accumulate`
 
-    When it `fetches`, it brings a cache line nearer at every step, from the start of what follows
-    its blocks if they are neighbours to its end: arithmetic hides memory.
+    When it `fetches`, it brings as much weight nearer as it reads, from the end of its own on:
+    arithmetic hides memory.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, row_at, column_at, _, start, stride, apart, depth, _, out_row, out_column = arguments
+        rows = arguments[2]
+        for count in range(1, max_rows + 1):
+            with builder.if_then(builder.icmp_signed("==", rows, rows.type(count))):
+                emit_rows(context, builder, signature, arguments, count)
+        return context.get_dummy_value()
+
+    def emit_rows(
+        context: Any, builder: Any, signature: Any, arguments: Any, num_rows: int
+    ) -> None:
+        _, row_at, _, column_at, _, start, stride, apart, depth, _, out_row, out_column = arguments
         source, packed, target = (
-            array(context, builder, signature, arguments, at) for at in (0, 3, 8)
+            array(context, builder, signature, arguments, at) for at in (0, 4, 9)
         )
         word = depth.type
         rows = _rows(builder, source, num_rows, row_at, column_at)
@@ -71,15 +80,13 @@ def make_product_tile(
         everywhere = ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
         undefined = ir.Constant(vector, ir.Undefined)
         multiply_add = fma(builder, vector)
+        end = builder.mul(depth, stride)
         with cgutils.for_range(builder, depth) as loop:
             at = builder.mul(loop.index, stride)
             columns = [
-                _load(builder, builder.gep(block, [at]), signature.args[3].dtype, LANES)
+                _load(builder, builder.gep(block, [at]), signature.args[4].dtype, LANES)
                 for block in blocks
             ]
-            if fetches:
-                following = builder.add(apart, builder.mul(at, word(num_blocks)))
-                fetch(builder, builder.gep(blocks[-1], [following]), TO_SECOND_LEVEL)
             for i, row in enumerate(rows):
                 scalar = builder.load(builder.gep(row, [loop.index]))
                 first = builder.insert_element(undefined, scalar, lane(0))
@@ -88,15 +95,18 @@ def make_product_tile(
                     place = sums[i * num_blocks + j]
                     terms = [spread, column, builder.load(place)]
                     builder.store(builder.call(multiply_add, terms), place)
+            if fetches:
+                for block in blocks[::2]:  # two of 2-byte numbers are a cache line
+                    fetch(builder, builder.gep(block, [builder.add(at, end)]), TO_SECOND_LEVEL)
         for target, place in zip(targets, sums, strict=True):
             builder.store(builder.load(place), target, align=4)
-        return context.get_dummy_value()
 
     @intrinsic
     def tile(
         typingctx: Any,
         x: Any,
         x_row: Any,
+        rows: Any,
         x_column: Any,
         weight: Any,
         start: Any,
@@ -108,7 +118,7 @@ def make_product_tile(
         out_column: Any,
     ) -> Any:
         index = types.intp
-        product = (x, index, index, weight, index, index, index, index, out, index, index)
+        product = (x, *[index] * 3, weight, *[index] * 4, out, index, index)
         return types.void(*product), emit
 
     return tile
