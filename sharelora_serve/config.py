@@ -193,8 +193,8 @@ class ServeConfig(BaseSettings):
         None,
         ge=1,
         description="Prompt tokens per step while other requests decode, such as 24; less keeps "
-        "their streams smoother, more brings the new request's first token sooner. Without it 24 "
-        "on a CPU, and all of --max-batch-tokens on CUDA.",
+        "their streams smoother, more brings the new request's first token sooner. Without it 24, "
+        "or twice as many as decode, on a CPU, and all of --max-batch-tokens on CUDA.",
     )
     max_queue: int = Field(
         1024,

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_HEAD_DIM, _FLASH_HEAD_DIM_STEP = 256, 8
 
-_CPU_PREFILL_CHUNK = 24
+_CPU_PREFILL_CHUNK, _CPU_PREFILL_PER_DECODE = 24, 2
 
 
 def choose_device(config: ServeConfig) -> torch.device:
@@ -58,10 +58,16 @@ def choose_dtype(config: ServeConfig, model: ModelConfig, device: torch.device) 
     return torch.float32
 
 
-def choose_prefill_chunk(config: ServeConfig, device: torch.device) -> int:
-    """Prompt tokens beside decoding requests: on a CPU each of them makes the step longer."""
-    most = config.max_batch_tokens
-    return min(_CPU_PREFILL_CHUNK, most) if device.type == "cpu" else most
+def choose_prefill_chunk(config: ServeConfig, device: torch.device) -> tuple[int, int]:
+    """Most prompt tokens beside decoding requests, and so many for each of those if that is more.
+
+    On a CPU each of them makes the step longer.
+    """
+    if config.prefill_chunk is not None:
+        return config.prefill_chunk, 0
+    if device.type == "cpu":
+        return min(_CPU_PREFILL_CHUNK, config.max_batch_tokens), _CPU_PREFILL_PER_DECODE
+    return config.max_batch_tokens, 0
 
 
 def choose_kernels(

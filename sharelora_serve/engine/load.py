@@ -198,6 +198,7 @@ def load_engine(
             decode_sizes = graphs.sizes if graphs is not None else []
             _warm_up(runner, layout, config.max_batch_tokens, kernels.block_size, decode_sizes)
 
+    prefill_chunk, prefill_per_decode = choose_prefill_chunk(config, device)
     engine = Engine(
         base_name=config.base_name,
         tokenizer=tokenizer,
@@ -214,7 +215,8 @@ def load_engine(
             adapters,
             max_running=config.max_running,
             max_batch_tokens=config.max_batch_tokens,
-            prefill_chunk=config.prefill_chunk or choose_prefill_chunk(config, device),
+            prefill_chunk=prefill_chunk,
+            prefill_per_decode=prefill_per_decode,
         ),
         runner=runner,
         sampler=Sampler(model.vocab_size, eos_token_ids, device),

@@ -80,6 +80,7 @@ class Scheduler:
         max_running: int,
         max_batch_tokens: int,
         prefill_chunk: int,
+        prefill_per_decode: int,
     ) -> None:
         """Limits: requests running at once, tokens per step, prompt tokens beside decodes."""
         assert max_batch_tokens >= max_running >= 1, "every running request must get its token"
@@ -89,6 +90,7 @@ class Scheduler:
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
         self._prefill_chunk = prefill_chunk
+        self._prefill_per_decode = prefill_per_decode
         self._entries: dict[str, Entry] = {}
         self._waiting = FairQueue()
         self._running: list[Entry] = []
@@ -131,8 +133,9 @@ class Scheduler:
 
         Every running request that decodes gets its one token. Prompts are computed in chunks with
         what is left of `max_batch_tokens`, those of running and of waiting requests in the order
-        of the FairQueue. While any request decodes, prompt chunks take `prefill_chunk` tokens
-        together at most, so a long prompt never stalls a stream.
+        of the FairQueue. While any request decodes, prompt chunks take at most `prefill_chunk`
+        tokens together, or `prefill_per_decode` for each that decodes if those are more: so a long
+        prompt makes a step longer by a few times at most, and never stalls a stream.
 
         A waiting request is admitted when a place is free, its adapter's pages are there, and so
         are KV blocks for all its tokens besides those that running requests still need for their
@@ -156,7 +159,8 @@ class Scheduler:
         num_decodes = self._schedule_decodes(batch)
         num_left = self._max_batch_tokens - num_decodes
         if num_decodes:
-            num_left = min(num_left, self._prefill_chunk)
+            chunk = max(self._prefill_chunk, self._prefill_per_decode * num_decodes)
+            num_left = min(num_left, chunk)
         self._schedule_prompts(batch, num_left, may_admit=self.num_preemptions == num_preemptions)
         batch.scheduled.sort(key=_adapter_key)
         return batch if batch.scheduled or batch.failed else None

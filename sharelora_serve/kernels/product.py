@@ -23,7 +23,7 @@ _TALL = 8 if has_avx512() else 6
 """Most rows of such a tile: its sums fill the registers."""
 
 _ONE_ROW_WIDE = 3
-"""Neighbouring blocks for one row alone: with fewer, sums wait for sums and memory for both."""
+"""Neighbouring blocks for one row alone, of one strip or of one each: fewer wait for their sums."""
 
 _MOST_ROWS = 6
 """Of a tile of one block."""
@@ -48,11 +48,13 @@ def _place(weight: Any, block: Any) -> Any:
 
 
 @numba.njit(nogil=True)
-def _strip_product(x: Any, weight: Any, strip: Any, out: Any) -> None:
-    """All rows of x times a whole strip, in tiles of about as many rows: low ones wait for sums."""
+def _strip_product(x: Any, weight: Any, block: Any, out: Any) -> None:
+    """All rows of x times the strip that begins with this block.
+
+    In tiles of about as many rows each, since low ones wait for their sums.
+    """
     rows, depth = x.shape[0], weight.shape[1]
-    stride = _STRIP * LANES
-    start, column = strip * depth * stride, strip * stride
+    start, stride, column = block * depth * LANES, _STRIP * LANES, block * LANES
     tiles = -(-rows // _TALL)
     row = 0
     for tile in range(tiles):
@@ -109,24 +111,24 @@ def add_product(
 def _one_row(x: Any, weight: Any, bias: Any, out: Any) -> None:
     """`product` of one row, which is bound by how fast weights come from memory."""
     blocks, depth = weight.shape[0], weight.shape[1]
-    wholes = blocks // _ONE_ROW_WIDE
-    for whole in numba.prange(wholes):
-        block = whole * _ONE_ROW_WIDE
-        start, stride = _place(weight, block)
-        apart = _place(weight, block + 1)[0] - start
+    for task in numba.prange(-(-blocks // _ONE_ROW_WIDE)):
+        block = task * _ONE_ROW_WIDE
         column = block * LANES
-        _one_row_tile(x, 0, 1, 0, weight, start, stride, apart, depth, out, 0, column)
+        if block + _ONE_ROW_WIDE <= blocks:
+            start, stride = _place(weight, block)
+            apart = _place(weight, block + 1)[0] - start
+            _one_row_tile(x, 0, 1, 0, weight, start, stride, apart, depth, out, 0, column)
+        else:
+            _last_blocks(x, weight, block, out)
         _add_bias(bias, out, column, column + _ONE_ROW_WIDE * LANES)
-    _remaining_blocks(x, weight, wholes * _ONE_ROW_WIDE, bias, out)
 
 
 @numba.njit(nogil=True)
-def _remaining_blocks(x: Any, weight: Any, first: Any, bias: Any, out: Any) -> None:
-    """`product` of the blocks from `first` on."""
+def _last_blocks(x: Any, weight: Any, first: Any, out: Any) -> None:
+    """All rows of x times the blocks from `first` on, one by one."""
     for block in range(first, weight.shape[0]):
         start, stride = _place(weight, block)
         block_product(x, x.shape[0], weight, start, stride, weight.shape[1], out, block * LANES)
-        _add_bias(bias, out, block * LANES, (block + 1) * LANES)
 
 
 @numba.njit(parallel=True, nogil=True)
@@ -153,11 +155,14 @@ def _vector_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     if x.shape[0] == 1:
         _one_row(x, weight, bias, out)
         return
-    strips = weight.shape[0] // _STRIP
-    for strip in numba.prange(strips):
-        _strip_product(x, weight, strip, out)
-        _add_bias(bias, out, strip * _STRIP * LANES, (strip + 1) * _STRIP * LANES)
-    _remaining_blocks(x, weight, strips * _STRIP, bias, out)
+    blocks = weight.shape[0]
+    for strip in numba.prange(-(-blocks // _STRIP)):
+        block = strip * _STRIP
+        if block + _STRIP <= blocks:
+            _strip_product(x, weight, block, out)
+        else:
+            _last_blocks(x, weight, block, out)
+        _add_bias(bias, out, block * LANES, (block + _STRIP) * LANES)
 
 
 @numba.njit(nogil=True, cache=True)

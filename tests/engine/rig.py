@@ -104,18 +104,21 @@ class Rig:
         max_batch_tokens: int = 32,
         prefill_chunk: int = 8,
         shelf: Shelf | None = None,
+        prefill_per_decode: int = 0,
     ) -> None:
         self.kv_cache = KVCache(num_blocks, BLOCK)
         self.shelf = shelf or Shelf()
         self.max_running = max_running
         self.max_batch_tokens = max_batch_tokens
         self.prefill_chunk = prefill_chunk
+        self.prefill_per_decode = prefill_per_decode
         self.scheduler = Scheduler(
             self.kv_cache,
             self.shelf,
             max_running=max_running,
             max_batch_tokens=max_batch_tokens,
             prefill_chunk=prefill_chunk,
+            prefill_per_decode=prefill_per_decode,
         )
         self.requests: list[Request] = []  # in order of arrival
         self.finished: set[Request] = set()

@@ -241,6 +241,7 @@ class TinyModel:
                     max_running=max_running,
                     max_batch_tokens=max_batch_tokens,
                     prefill_chunk=prefill_chunk,
+                    prefill_per_decode=2,
                 ),
                 runner=runner,
                 sampler=self.sampler,

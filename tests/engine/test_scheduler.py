@@ -22,6 +22,17 @@ def test_long_prompt_never_stalls_a_stream(rig: Rig) -> None:
     assert len(prompt.output_ids) == 1
 
 
+def test_more_streams_make_room_for_more_of_a_prompt_in_proportion() -> None:
+    rig = Rig(prefill_chunk=5, prefill_per_decode=2)
+    streams = [rig.add(1, max_tokens=50) for _ in range(4)]
+    rig.step()
+    prompt = rig.add(23)
+    assert rig.step() == {**dict.fromkeys(streams, 1), prompt: 8}
+    for stream in streams[2:]:
+        rig.scheduler.abort(stream.request_id)
+    assert rig.step() == {**dict.fromkeys(streams[:2], 1), prompt: 5}
+
+
 def test_without_streams_a_prompt_takes_the_whole_budget(rig: Rig) -> None:
     prompt = rig.add(50)
     assert rig.step() == {prompt: 32}

@@ -33,6 +33,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running=st.integers(1, 5),
         num_extra_tokens=st.integers(0, 20),
         prefill_chunk=st.integers(1, 8),
+        prefill_per_decode=st.integers(0, 3),
         sizes=st.lists(st.integers(1, 3), min_size=4, max_size=4),
         num_extra_room=st.integers(0, 2),
         num_tenants=st.sampled_from([1, 3]),
@@ -43,6 +44,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         max_running: int,
         num_extra_tokens: int,
         prefill_chunk: int,
+        prefill_per_decode: int,
         sizes: list[int],
         num_extra_room: int,
         num_tenants: int,
@@ -51,7 +53,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         shelf = Shelf(max(sizes) + num_extra_room)
         shelf.sizes = {version.digest: size for version, size in zip(VERSIONS, sizes, strict=False)}
         max_batch_tokens = max_running + num_extra_tokens
-        self.rig = Rig(num_blocks, max_running, max_batch_tokens, prefill_chunk, shelf)
+        self.rig = Rig(
+            num_blocks, max_running, max_batch_tokens, prefill_chunk, shelf, prefill_per_decode
+        )
 
     @rule(
         prompt_ids=st.lists(st.integers(0, 1), min_size=1, max_size=14),  # often alike
@@ -90,8 +94,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         for stream in paused:
             assert any(turns[stream] > turns[request] for request in prompts)
         assert all(step[stream] == 1 for stream in streams if stream in step)
-        if paused or any(stream in step for stream in streams):
-            assert sum(map(step.__getitem__, prompts)) <= rig.prefill_chunk + len(paused)
+        num_decodes = len(paused) + sum(stream in step for stream in streams)
+        if num_decodes:
+            most = max(rig.prefill_chunk, rig.prefill_per_decode * num_decodes)
+            assert sum(map(step.__getitem__, prompts)) <= most + len(paused)
         self.count_overtaken([request for request in step if request not in self.admitted])
         self.admitted |= step.keys()
 
