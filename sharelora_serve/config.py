@@ -193,7 +193,7 @@ class ServeConfig(BaseSettings):
         None,
         ge=1,
         description="Prompt tokens per step while other requests decode, such as 24; less keeps "
-        "their streams smoother, more brings the new request's first token sooner. Without it 24, "
+        "their streams smoother, more brings the new request's first token sooner. Without it 20, "
         "or twice as many as decode, on a CPU, and all of --max-batch-tokens on CUDA.",
     )
     max_queue: int = Field(

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_HEAD_DIM, _FLASH_HEAD_DIM_STEP = 256, 8
 
-_CPU_PREFILL_CHUNK, _CPU_PREFILL_PER_DECODE = 24, 2
+_CPU_PREFILL_CHUNK, _CPU_PREFILL_PER_DECODE = 20, 2
 
 
 def choose_device(config: ServeConfig) -> torch.device:

@@ -135,7 +135,8 @@ class Scheduler:
         what is left of `max_batch_tokens`, those of running and of waiting requests in the order
         of the FairQueue. While any request decodes, prompt chunks take at most `prefill_chunk`
         tokens together, or `prefill_per_decode` for each that decodes if those are more: so a long
-        prompt makes a step longer by a few times at most, and never stalls a stream.
+        prompt makes a step longer by a few times at most, and never stalls a stream. What is more
+        is not for clients that were served far more than another that runs, who would wait for it.
 
         A waiting request is admitted when a place is free, its adapter's pages are there, and so
         are KV blocks for all its tokens besides those that running requests still need for their
@@ -157,11 +158,13 @@ class Scheduler:
         batch = Batch()
         num_preemptions = self.num_preemptions
         num_decodes = self._schedule_decodes(batch)
-        num_left = self._max_batch_tokens - num_decodes
+        num_left, num_more = self._max_batch_tokens - num_decodes, 0
         if num_decodes:
             chunk = max(self._prefill_chunk, self._prefill_per_decode * num_decodes)
             num_left = min(num_left, chunk)
-        self._schedule_prompts(batch, num_left, may_admit=self.num_preemptions == num_preemptions)
+            num_more = max(0, num_left - self._prefill_chunk)
+        may_admit = self.num_preemptions == num_preemptions
+        self._schedule_prompts(batch, num_left, num_more, may_admit=may_admit)
         batch.scheduled.sort(key=_adapter_key)
         return batch if batch.scheduled or batch.failed else None
 
@@ -206,18 +209,28 @@ class Scheduler:
         self._give_back(entry.request)
         self._waiting.put_back(entry)
 
-    def _schedule_prompts(self, batch: Batch, num_left: int, *, may_admit: bool) -> None:
-        """Spend the prompt tokens that are left, and admit while places and blocks last too."""
+    def _schedule_prompts(
+        self, batch: Batch, num_left: int, num_more: int, *, may_admit: bool
+    ) -> None:
+        """Spend the prompt tokens that are left, and admit while places and blocks last too.
+
+        `num_more` of them are not for clients that were served far more than others.
+        """
         admission = _Admission(batch, is_open=may_admit)
+        clients = {entry.request.client for entry in self._running}
+        least = min(map(self._waiting.served, clients), default=0.0)
         started = [entry for entry in self._running if entry.request.num_uncomputed > 1]
         first: ScheduledRequest | None = None
         for entry in self._waiting.in_order(LOOK_AHEAD, started):
             if num_left == 0:
                 break
-            if not entry.is_running and not self._admit(entry, admission):
+            most = num_left
+            if num_more and self._waiting.rank(entry)[0] > _FAR_MORE * least:
+                most -= num_more
+            if most <= 0 or not (entry.is_running or self._admit(entry, admission)):
                 continue
             request = entry.request
-            num_tokens = min(num_left, request.num_uncomputed)
+            num_tokens = min(most, request.num_uncomputed)
             if self._make_room(entry, num_tokens, batch):
                 chunk = ScheduledRequest(request, num_tokens)
                 first = first or chunk

@@ -64,7 +64,7 @@ def test_kernels_of_a_gpu_on_a_processor_are_refused() -> None:
 def test_prompts_beside_streams_are_cut_for_a_processor_alone() -> None:
     gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
     assert choose_prefill_chunk(ServeConfig(), gpu) == (512, 0)
-    assert choose_prefill_chunk(ServeConfig(), cpu) == (24, 2)
+    assert choose_prefill_chunk(ServeConfig(), cpu) == (20, 2)
     assert choose_prefill_chunk(ServeConfig(prefill_chunk=7), cpu) == (7, 0)
     small = ServeConfig(max_running=8, max_batch_tokens=16)
     assert choose_prefill_chunk(small, cpu) == (16, 2)

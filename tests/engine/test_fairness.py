@@ -267,3 +267,18 @@ def test_counters_fade_and_the_forgotten_are_dropped(monkeypatch: pytest.MonkeyP
         queue.charge("other", 100)
     assert queue.served("early") == queue.served("never seen") == 0
     assert list(queue._served) == ["other"]
+
+
+def test_what_more_streams_add_to_a_chunk_is_not_for_who_was_served_far_more() -> None:
+    rig = Rig(num_blocks=500, prefill_chunk=5, prefill_per_decode=2)
+    start_streams(rig, 4)
+    rig.add(1, max_tokens=99, tenant="quiet")
+    rig.step()
+    flood = rig.add(40, tenant="flood")
+    step = rig.step()
+    assert step is not None
+    assert step[flood] == 5
+    other = rig.add(40, tenant="other")
+    step = rig.step()
+    assert step is not None
+    assert step[other] == 10
