@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 _FLASH_CAPABILITY = (8, 0)
 _FLASH_HEAD_DIM, _FLASH_HEAD_DIM_STEP = 256, 8
 
+# So that a step with prompts beside streams takes at most some four times as long as one without.
 _CPU_PREFILL_CHUNK, _CPU_PREFILL_PER_DECODE = 20, 2
 
 
@@ -59,9 +60,9 @@ def choose_dtype(config: ServeConfig, model: ModelConfig, device: torch.device) 
 
 
 def choose_prefill_chunk(config: ServeConfig, device: torch.device) -> tuple[int, int]:
-    """Most prompt tokens beside decoding requests, and so many for each of those if that is more.
+    """Most prompt tokens beside requests that decode: of a step, and for each of them if more.
 
-    On a CPU each of them makes the step longer.
+    On a CPU every token makes the step longer.
     """
     if config.prefill_chunk is not None:
         return config.prefill_chunk, 0

@@ -225,7 +225,7 @@ class Scheduler:
             if num_left == 0:
                 break
             most = num_left
-            if num_more and self._waiting.rank(entry)[0] > _FAR_MORE * least:
+            if num_more and self._had_far_more(entry, least):
                 most -= num_more
             if most <= 0 or not (entry.is_running or self._admit(entry, admission)):
                 continue
@@ -286,17 +286,18 @@ class Scheduler:
             return last
         num_running = Counter(entry.request.client for entry in self._running)
         least = num_running[request.client] + 2  # one fewer must not be less than one more
+        served = self._waiting.served(request.client)
         for entry in sorted(self._running, key=self._waiting.rank, reverse=True):
             client = entry.request.client
-            if num_running[client] >= least and self._had_far_more(entry, request):
+            if num_running[client] >= least and self._had_far_more(entry, served):
                 last.append(entry)
                 num_running[client] -= 1
                 if self._has_room(request, last):
                     return last
         return []
 
-    def _had_far_more(self, entry: Entry, other: Request) -> bool:
-        return self._waiting.rank(entry)[0] > _FAR_MORE * self._waiting.served(other.client)
+    def _had_far_more(self, entry: Entry, served: float) -> bool:
+        return self._waiting.rank(entry)[0] > _FAR_MORE * served
 
     def _take_adapter(self, entry: Entry, admission: _Admission) -> bool:
         """Give a waiting request its adapter's pages, if they are there."""
@@ -331,12 +332,13 @@ class Scheduler:
     def _pause_for(self, first: ScheduledRequest, batch: Batch) -> dict[Request, int]:
         """Complete a prompt with the tokens of streams that may pause; returned as in `_paused`."""
         request, num_tokens = first.request, first.request.num_uncomputed
+        served = self._waiting.served(request.client)
         pausing = {
             item.request: self._paused.get(item.request, 0) + 1
             for item in batch.scheduled
             if item.request.num_uncomputed == 1
             and self._paused.get(item.request, 0) < MAX_PAUSES
-            and self._had_far_more(self._entries[item.request.request_id], request)
+            and self._had_far_more(self._entries[item.request.request_id], served)
         }
         num_missing = num_tokens - first.num_tokens
         is_there = first in batch.scheduled  # and was not preempted after it
