@@ -3,6 +3,7 @@
 Every server is started once and held still while another is measured.
 """
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,15 +95,16 @@ class _Contest:
         self._entries: dict[str, _Entry] = {}
         kind = Kind("A", (_RANK,), expanded=True)
         write_adapters(self._adapters, NUM_ADAPTERS, kind, gguf=self._gguf)
+        peers: list[Peer] = [
+            peer_type(plan.peers) for peer_type in (VllmCpu, LlamaCpp, LlamaCppOne, LlamaCppBase)
+        ]
+        # Before anything is started: compilers need the memory.
+        peers = [peer for peer in peers if self._do(peer, self._prepare)]
         for name in dict.fromkeys((OURS, OURS_HALF)):
             self._start_ours(name, "--dtype", name.rpartition(" ")[2])
         self._start_ours(MERGED, "--dtype", DTYPE, "--merge", adapter_name(0))
-        for peer_type in (VllmCpu, LlamaCpp, LlamaCppOne, LlamaCppBase):
-            peer = peer_type(plan.peers)
-            try:
-                self._start(peer)
-            except RuntimeError as error:
-                comparison.leave_out(peer.name, error)
+        for peer in peers:
+            self._do(peer, self._start)
 
     def play_round(self, number: int | None) -> None:
         """Measure every case with every contender; None is a short one that counts for nothing."""
@@ -153,6 +155,15 @@ class _Contest:
             raise RuntimeError("no answer had a token")
         return value
 
+    def _do(self, peer: Peer, what: Callable[[Peer], None]) -> bool:
+        """Whether it succeeded; a peer that fails is left out."""
+        try:
+            what(peer)
+        except RuntimeError as error:
+            self._comparison.leave_out(peer.name, error)
+            return False
+        return True
+
     def _start_ours(self, name: str, *arguments: str) -> None:
         typer.echo(f"starting {name}", err=True)
         log = self._out / f"server-{len(self._entries)}.log"
@@ -160,9 +171,11 @@ class _Contest:
         server = self._stack.enter_context(our_server(log, *settings))
         self._add(name, server, OpenAiEndpoint())
 
-    def _start(self, peer: Peer) -> None:
+    def _prepare(self, peer: Peer) -> None:
         typer.echo(f"setting up {peer.name}, if it is not in {peer.folder}", err=True)
         peer.prepare()
+
+    def _start(self, peer: Peer) -> None:
         typer.echo(f"starting {peer.name}", err=True)
         command = peer.command(self._model_folder, self._adapters, self._gguf)
         log = self._out / f"server-{len(self._entries)}.log"

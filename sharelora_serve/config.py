@@ -136,8 +136,8 @@ class ServeConfig(BaseSettings):
         "auto",
         description="Type of base weights, KV cache and, unless --adapter-dtype says otherwise, "
         "adapters; auto is the checkpoint's own on CUDA, and on a CPU that multiplies bfloat16 "
-        "(AMX) if it is that; else float16 on a CPU that can pack it. float32 is exact, and the "
-        "slowest: on CUDA it has no fast attention.",
+        "(AMX or AVX-512) if it is that; else float16 on a CPU that can pack it. float32 is exact, "
+        "and the slowest: on CUDA it has no fast attention.",
     )
     kernels: Literal["auto", "cpu", "cuda", "reference"] = Field(
         "auto",

@@ -8,10 +8,9 @@ import torch
 
 from sharelora_serve.config import ServeConfig
 from sharelora_serve.errors import ConfigurationError
-from sharelora_serve.kernels.cpu import CpuKernels
+from sharelora_serve.kernels.cpu import CpuKernels, multiplies_bfloat16
 from sharelora_serve.kernels.cuda import CudaKernels
 from sharelora_serve.kernels.interface import Kernels
-from sharelora_serve.kernels.matrix import has_matrix_registers
 from sharelora_serve.kernels.paged_attention import flash_attention, gathered_attention
 from sharelora_serve.kernels.reference import ReferenceKernels
 from sharelora_serve.models.config import ModelConfig
@@ -51,7 +50,7 @@ def choose_dtype(config: ServeConfig, model: ModelConfig, device: torch.device) 
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype
-    if device.type == "cuda" or (model.dtype == torch.bfloat16 and has_matrix_registers()):
+    if device.type == "cuda" or (model.dtype == torch.bfloat16 and multiplies_bfloat16()):
         return model.dtype
     if _converts_float16():
         return torch.float16

@@ -20,11 +20,17 @@ from sharelora_serve.kernels.layers import Buffers, LayerWeights
 from sharelora_serve.kernels.matrix import DEPTH, has_matrix_registers
 from sharelora_serve.kernels.product import embed, pack, product, unpack
 from sharelora_serve.kernels.tiles import LANES
+from sharelora_serve.kernels.vector import has_bfloat16_vectors
 
 _NO_BIAS = np.empty(0, np.float32)
 _NO_ROWS = np.empty(0, np.int32)
 _NO_OFFSETS = np.empty((0, 0), np.int32)
 _NO_SCALING = np.empty(0, np.float32)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 as it is, faster than other types."""
+    return has_matrix_registers() or has_bfloat16_vectors()
 
 
 def stored(tensor: Tensor) -> Any:
@@ -139,12 +145,13 @@ class CpuKernels:
     ) -> Any:
         """As `product` reads them, the layer first."""
         assert device.type == "cpu", "these kernels compute on a CPU"
-        blocks = (num_layers, -(-out_features // LANES))
-        for_matrices = (
-            dtype == torch.bfloat16 and in_features % DEPTH == 0 and has_matrix_registers()
-        )
-        inputs = (in_features // 2, LANES, 2) if for_matrices else (in_features, LANES)
-        return stored(torch.empty((*blocks, *inputs), dtype=dtype))  # at a line of the cache
+        inputs: tuple[int, ...] = (in_features, LANES)
+        if dtype == torch.bfloat16 and in_features % DEPTH == 0 and has_matrix_registers():
+            inputs = (in_features // DEPTH, DEPTH // 2, LANES, 2)
+        elif dtype == torch.bfloat16 and in_features % 2 == 0 and has_bfloat16_vectors():
+            inputs = (in_features // 2, LANES, 2)
+        shape = (num_layers, -(-out_features // LANES), *inputs)
+        return stored(torch.empty(shape, dtype=dtype))  # at a line of the cache
 
     def pack(self, weight: Tensor, to: Any) -> None:
         """Lay a weight (out, in), in its stored dtype, out for `linear` and `embed`."""

@@ -1,8 +1,6 @@
-"""Products of bfloat16 weights in the matrix registers of CPUs that have them (AMX).
+"""Products of bfloat16 numbers in the matrix registers of CPUs that have them (AMX).
 
-One instruction adds 32 products to each of 16 x 16 float32 sums. It takes activations in bfloat16
-too: each is split into two of those, whose sum has 16 bits of mantissa or more, so that far less is
-lost of it than of a weight that was rounded to one.
+One instruction adds 32 products to each of 16 x 16 float32 sums.
 """
 
 import ctypes
@@ -19,7 +17,7 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from sharelora_serve.kernels.tiles import LANES, TO_SECOND_LEVEL, fetch
-from sharelora_serve.kernels.vector import array, element, from_float, to_float
+from sharelora_serve.kernels.vector import array, element
 
 DEPTH = 32
 """Inputs that one instruction adds up: the inputs of a weight are a multiple of it."""
@@ -49,34 +47,24 @@ def empty_rows(rows: Any, depth: Any) -> Any:
     return room[skipped : skipped + rows * depth].reshape(rows, depth)
 
 
-@numba.njit(nogil=True)
-def split(x: Any, high: Any, low: Any, row: Any) -> None:
-    """One row of x, float32, as the sum of two rows of bfloat16."""
-    for k in range(x.shape[1]):
-        high[row, k] = from_float(x[row, k], high[row, k])
-        low[row, k] = from_float(x[row, k] - to_float(high[row, k]), low[row, k])
-
-
 def _make_tile(num_row_tiles: int, num_blocks: int) -> Any:
     """An intrinsic for up to num_row_tiles * _ROWS rows times a few neighbouring blocks of outputs.
 
-    tile(high, low, row, rows, weight, block, out) computes, for i < rows and n of those blocks,
+    tile(x, row, rows, weight, block, out) computes, for i < rows and n of those blocks,
 
-        out[row + i, n] = sum over k of (high + low)[row + i, k] * W[n, k]
+        out[row + i, n] = sum over k of x[row + i, k] * W[n, k]
 
-    high, low  (num_rows, in_features)               bfloat16
-    rows       more than (num_row_tiles - 1) * _ROWS
-    weight     (blocks, in_features / 2, LANES, 2)   bfloat16
-    out        (num_rows, columns)                   float32
+    x       (num_rows, in_features)                              bfloat16
+    rows    more than (num_row_tiles - 1) * _ROWS
+    weight  (blocks, in_features / DEPTH, DEPTH / 2, LANES, 2)   bfloat16
+    out     (num_rows, columns)                                  float32
 
     Every output adds its products in an order that depends on nothing but in_features.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        _, _, row, rows, _, block, _ = arguments
-        high, low, packed, out = (
-            array(context, builder, signature, arguments, at) for at in (0, 1, 4, 6)
-        )
+        _, row, rows, _, block, _ = arguments
+        x, packed, out = (array(context, builder, signature, arguments, at) for at in (0, 3, 5))
         tiles, blocks = range(num_row_tiles), range(num_blocks)
         counts = [_WORD(_ROWS)] * (num_row_tiles - 1)
         counts.append(builder.sub(rows, _WORD(_ROWS * (num_row_tiles - 1))))
@@ -91,7 +79,7 @@ def _make_tile(num_row_tiles: int, num_blocks: int) -> Any:
         for number in sums.values():
             _call(builder, "tilezero", number)
         rows_at = [builder.add(row, _WORD(_ROWS * i)) for i in tiles]
-        depth = cgutils.unpack_tuple(builder, high.shape, 2)[1]
+        depth = cgutils.unpack_tuple(builder, x.shape, 2)[1]
         line = builder.mul(depth, _WORD(2))
         size = builder.mul(depth, _WORD(LANES))
         starts = [builder.mul(builder.add(block, _WORD(j)), size) for j in blocks]
@@ -107,15 +95,14 @@ def _make_tile(num_row_tiles: int, num_blocks: int) -> Any:
                 for line in range(0, _REGISTER, _LINE)
                 for source in sources
             ]
-            share = len(lines) // (2 * len(sums))
-            for part in (high, low):
-                for i, number in enumerate(of_rows):
-                    source = element(builder, part.data, rows_at[i], depth, k)
-                    _call(builder, "tileloadd64", number, _bytes(builder, source), line)
-                    for j, column in enumerate(of_blocks):
-                        _call(builder, "tdpbf16ps", sums[i, j], number, column)
-                        for _ in range(share):
-                            fetch(builder, lines.pop(), TO_SECOND_LEVEL)
+            share = len(lines) // len(sums)
+            for i, number in enumerate(of_rows):
+                source = element(builder, x.data, rows_at[i], depth, k)
+                _call(builder, "tileloadd64", number, _bytes(builder, source), line)
+                for j, column in enumerate(of_blocks):
+                    _call(builder, "tdpbf16ps", sums[i, j], number, column)
+                    for _ in range(share):
+                        fetch(builder, lines.pop(), TO_SECOND_LEVEL)
         width = cgutils.unpack_tuple(builder, out.shape, 2)[1]
         first = builder.mul(block, _WORD(LANES))
         for (i, j), number in sums.items():
@@ -129,8 +116,7 @@ def _make_tile(num_row_tiles: int, num_blocks: int) -> Any:
     @intrinsic
     def tile(
         typingctx: Any,
-        high: Any,
-        low: Any,
+        x: Any,
         row: Any,
         rows: Any,
         weight: Any,
@@ -138,7 +124,7 @@ def _make_tile(num_row_tiles: int, num_blocks: int) -> Any:
         out: Any,
     ) -> Any:
         index = types.intp
-        return types.void(high, low, index, index, weight, index, out), emit
+        return types.void(x, index, index, weight, index, out), emit
 
     return tile
 
@@ -150,19 +136,19 @@ _one_by_one = _make_tile(1, 1)
 
 
 @numba.njit(nogil=True)
-def multiply_blocks(high: Any, low: Any, weight: Any, block: Any, count: Any, out: Any) -> None:
-    """All rows of high + low times one or two neighbouring blocks of a packed weight."""
-    rows = high.shape[0]
+def multiply_blocks(x: Any, weight: Any, block: Any, count: Any, out: Any) -> None:
+    """All rows of x times one or two neighbouring blocks of a packed weight."""
+    rows = x.shape[0]
     for row in range(0, rows, 2 * _ROWS):
         height = min(2 * _ROWS, rows - row)
         if height > _ROWS and count == 2:
-            _two_by_two(high, low, row, height, weight, block, out)
+            _two_by_two(x, row, height, weight, block, out)
         elif height > _ROWS:
-            _two_by_one(high, low, row, height, weight, block, out)
+            _two_by_one(x, row, height, weight, block, out)
         elif count == 2:
-            _one_by_two(high, low, row, height, weight, block, out)
+            _one_by_two(x, row, height, weight, block, out)
         else:
-            _one_by_one(high, low, row, height, weight, block, out)
+            _one_by_one(x, row, height, weight, block, out)
 
 
 def _configure(builder: Any, heights: list[Any]) -> None:

@@ -2,8 +2,9 @@
 
 A packed weight is (ceil(out / LANES), in, LANES): blocks of LANES outputs, padded with zeros. In
 memory the blocks of a strip take turns, input by input, so that a strip is one stream; `_place`
-tells where a block's numbers stand. For matrix registers a packed weight is
-(ceil(out / LANES), in / 2, LANES, 2): two inputs of an output side by side.
+tells where a block's numbers stand. Where the processor multiplies bfloat16 it is
+(ceil(out / LANES), in / 2, LANES, 2), two inputs of an output side by side, and for matrix
+registers (ceil(out / LANES), in / DEPTH, DEPTH / 2, LANES, 2), of which blocks take no turns.
 """
 
 from collections.abc import Iterator
@@ -12,9 +13,9 @@ from typing import Any
 import numba
 import numpy as np
 
-from sharelora_serve.kernels.matrix import empty_rows, multiply_blocks, split
+from sharelora_serve.kernels.matrix import empty_rows, multiply_blocks
 from sharelora_serve.kernels.tiles import LANES, make_product_tile
-from sharelora_serve.kernels.vector import has_avx512, to_float
+from sharelora_serve.kernels.vector import from_float, has_avx512, to_float
 
 _STRIP = 3 if has_avx512() else 1
 """Neighbouring blocks that take turns in memory, and that one tile of `product` computes."""
@@ -29,7 +30,7 @@ _MOST_ROWS = 6
 """Of a tile of one block."""
 
 _FEW_ROWS = 64
-"""So many are split by one thread: waking the others takes as long."""
+"""So many are rounded by one thread: waking the others takes as long."""
 
 _strip_tile = make_product_tile(_TALL, _STRIP, accumulate=False)
 _fetching_tile = make_product_tile(_TALL, _STRIP, accumulate=False, fetches=True)
@@ -40,7 +41,12 @@ _adding_tile = make_product_tile(_MOST_ROWS, 1, accumulate=True)
 
 @numba.njit(nogil=True)
 def _place(weight: Any, block: Any) -> Any:
-    """The element at which a block of a packed weight begins, and how far its inputs are apart."""
+    """Where a block of a packed weight begins, and how far its lines are apart.
+
+    In numbers or, where two inputs stand side by side, pairs of numbers.
+    """
+    if weight.ndim == 5:
+        return block * weight.shape[1] * weight.shape[2] * LANES, LANES
     blocks, depth = weight.shape[0], weight.shape[1]
     first = block // _STRIP * _STRIP
     width = min(_STRIP, blocks - first)
@@ -132,21 +138,32 @@ def _last_blocks(x: Any, weight: Any, first: Any, out: Any) -> None:
 
 
 @numba.njit(parallel=True, nogil=True)
-def _matrix_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
-    rows = x.shape[0]
-    high, low = empty_rows(rows, x.shape[1]), empty_rows(rows, x.shape[1])
-    if rows <= _FEW_ROWS:
-        for row in range(rows):
-            split(x, high, low, row)
+def _rounded(x: Any) -> Any:
+    """x in bfloat16."""
+    rows = empty_rows(x.shape[0], x.shape[1])
+    if x.shape[0] <= _FEW_ROWS:
+        for row in range(x.shape[0]):
+            _round(x, rows, row)
     else:
-        for row in numba.prange(rows):
-            split(x, high, low, row)
+        for row in numba.prange(x.shape[0]):
+            _round(x, rows, row)
+    return rows
+
+
+@numba.njit(nogil=True)
+def _round(x: Any, rounded: Any, row: Any) -> None:
+    for k in range(x.shape[1]):
+        rounded[row, k] = from_float(x[row, k], rounded[row, k])
+
+
+@numba.njit(parallel=True, nogil=True)
+def _matrix_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     pairs = weight.shape[0] // 2
     for pair in numba.prange(pairs):
-        multiply_blocks(high, low, weight, 2 * pair, 2, out)
+        multiply_blocks(x, weight, 2 * pair, 2, out)
         _add_bias(bias, out, 2 * pair * LANES, 2 * (pair + 1) * LANES)
     for block in range(2 * pairs, weight.shape[0]):
-        multiply_blocks(high, low, weight, block, 1, out)
+        multiply_blocks(x, weight, block, 1, out)
         _add_bias(bias, out, block * LANES, (block + 1) * LANES)
 
 
@@ -173,9 +190,15 @@ def product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     weight  packed, as stored
     bias    (out_features,)                            float32; empty for none
     out     (num_tokens, ceil(out / LANES) * LANES)    float32
+
+    Where the processor multiplies bfloat16, x is rounded to it too, and sums are float32.
     """
-    if weight.ndim == 4:
-        _matrix_product(x, weight, bias, out)
+    if weight.ndim == 5:
+        _matrix_product(_rounded(x), weight, bias, out)
+    elif weight.ndim == 4:
+        blocks, depth = weight.shape[0], weight.shape[1]
+        pairs = weight.reshape(blocks, depth, 2 * LANES).view(np.int32)
+        _vector_product(_rounded(x).view(np.int32), pairs, bias, out)
     else:
         _vector_product(x, weight, bias, out)
 
@@ -193,48 +216,45 @@ def _add_bias(bias: Any, out: Any, begin: Any, end: Any) -> None:
 @numba.njit(nogil=True, cache=True)
 def embed(weight: Any, token_ids: Any, out: Any) -> None:
     """out[t] = row token_ids[t] of a packed weight."""
+    numbers = weight.reshape(-1)
     for t in range(token_ids.shape[0]):
-        block, lane = token_ids[t] // LANES, token_ids[t] % LANES
-        if weight.ndim == 4:
-            for i in range(out.shape[1]):
-                out[t, i] = to_float(weight[block, i // 2, lane, i % 2])
-        else:
-            numbers = weight.reshape(-1)
-            start, stride = _place(weight, block)
-            for i in range(out.shape[1]):
-                out[t, i] = to_float(numbers[start + i * stride + lane])
+        start, stride = _place(weight, token_ids[t] // LANES)
+        first = start + token_ids[t] % LANES
+        for i in range(out.shape[1]):
+            if weight.ndim == 3:
+                out[t, i] = to_float(numbers[first + i * stride])
+            else:
+                out[t, i] = to_float(numbers[2 * (first + i // 2 * stride) + i % 2])
 
 
 def pack(weight: np.ndarray[Any, Any], to: np.ndarray[Any, Any]) -> None:
     """Lay a stored weight (out, in) out as `product` reads it."""
     outputs, inputs = weight.shape
-    blocks = to.shape[0]
-    padded = np.zeros((blocks * LANES, inputs), weight.dtype)
+    padded = np.zeros((to.shape[0] * LANES, inputs), weight.dtype)
     padded[:outputs] = weight
-    if to.ndim == 4:
-        to[...] = padded.reshape(blocks, LANES, inputs // 2, 2).transpose(0, 2, 1, 3)
-        return
-    block = 0
+    row = 0
     for strips in _strips(to):
-        count, _, width, _ = strips.shape
-        rows = padded[block * LANES : (block + count * width) * LANES]
-        strips[...] = rows.reshape(count, width, LANES, inputs).transpose(0, 3, 1, 2)
-        block += count * width
+        count, depth, width, _, beside = strips.shape
+        end = row + count * width * LANES
+        rows = padded[row:end].reshape(count, width, LANES, depth, beside)
+        strips[...] = rows.transpose(0, 3, 1, 2, 4)
+        row = end
 
 
 def unpack(packed: np.ndarray[Any, Any], outputs: int) -> np.ndarray[Any, Any]:
     """The stored weight (out, in) that `pack` laid out."""
-    if packed.ndim == 4:
-        return packed.transpose(0, 2, 1, 3).reshape(-1, 2 * packed.shape[1])[:outputs]
-    inputs = packed.shape[1]
-    rows = [strips.transpose(0, 2, 3, 1).reshape(-1, inputs) for strips in _strips(packed)]
+    inputs = packed[0].size // LANES
+    rows = [strips.transpose(0, 2, 3, 1, 4).reshape(-1, inputs) for strips in _strips(packed)]
     return np.concatenate(rows)[:outputs]
 
 
 def _strips(packed: np.ndarray[Any, Any]) -> Iterator[np.ndarray[Any, Any]]:
-    """Views (strips, in, blocks of a strip, LANES): of the whole strips, and of what is left."""
-    blocks, inputs, _ = packed.shape
-    whole = blocks // _STRIP * _STRIP
-    yield packed[:whole].reshape(-1, inputs, _STRIP, LANES)
+    """Views (strips, lines, blocks, LANES, inputs of a line): whole strips, and what is left."""
+    blocks = packed.shape[0]
+    beside = 1 if packed.ndim == 3 else 2
+    width = 1 if packed.ndim == 5 else _STRIP
+    depth = packed[0].size // (LANES * beside)
+    whole = blocks // width * width
+    yield packed[:whole].reshape(-1, depth, width, LANES, beside)
     if whole < blocks:
-        yield packed[whole:].reshape(1, inputs, blocks - whole, LANES)
+        yield packed[whole:].reshape(1, depth, blocks - whole, LANES, beside)

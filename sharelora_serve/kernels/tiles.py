@@ -12,7 +12,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from sharelora_serve.kernels.vector import FLOAT, alignment, array, element, fma, widen
+from sharelora_serve.kernels.vector import FLOAT, alignment, array, element, multiply_add, widen
 
 LANES = 16
 """Outputs that one vector holds; packed weights are stored in blocks of as many outputs."""
@@ -36,12 +36,13 @@ def make_product_tile(
         out[out_row + i, out_column + j * LANES + l]
             (+)= sum over k < depth of x[x_row + i, x_column + k] * weight[w + k * stride + l]
 
-    x       (num_rows, columns)   float32
-    weight  any shape             as stored; addressed by element
+    x       (num_rows, columns)   float32, or pairs of bfloat16
+    weight  any shape             as stored, or pairs too; addressed by element
     out     (num_rows, columns)   float32; added to when `accumulate`
 
-    When it `fetches`, it brings as much weight nearer as it reads, from the end of its own on:
-    arithmetic hides memory.
+    A pair, which numba sees as int32, times another is the sum of both products. When the tile
+    `fetches`, it brings as much weight nearer as it reads, from the end of its own on: arithmetic
+    hides memory.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -78,25 +79,23 @@ def make_product_tile(
             begin = builder.load(target, align=4) if accumulate else zero
             builder.store(begin, place)
         everywhere = ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
-        undefined = ir.Constant(vector, ir.Undefined)
-        multiply_add = fma(builder, vector)
+        undefined = ir.Constant(ir.VectorType(source.data.type.pointee, LANES), ir.Undefined)
+        numbers = signature.args[4].dtype
+        fetched = CACHE_LINE // (LANES * numbers.bitwidth // 8)  # blocks
         end = builder.mul(depth, stride)
         with cgutils.for_range(builder, depth) as loop:
             at = builder.mul(loop.index, stride)
-            columns = [
-                _load(builder, builder.gep(block, [at]), signature.args[4].dtype, LANES)
-                for block in blocks
-            ]
+            columns = [_load(builder, builder.gep(block, [at]), numbers, LANES) for block in blocks]
             for i, row in enumerate(rows):
                 scalar = builder.load(builder.gep(row, [loop.index]))
                 first = builder.insert_element(undefined, scalar, lane(0))
                 spread = builder.shuffle_vector(first, undefined, everywhere)
                 for j, column in enumerate(columns):
                     place = sums[i * num_blocks + j]
-                    terms = [spread, column, builder.load(place)]
-                    builder.store(builder.call(multiply_add, terms), place)
+                    total = multiply_add(builder, spread, column, builder.load(place))
+                    builder.store(total, place)
             if fetches:
-                for block in blocks[::2]:  # two of 2-byte numbers are a cache line
+                for block in blocks[::fetched]:
                     fetch(builder, builder.gep(block, [builder.add(at, end)]), TO_SECOND_LEVEL)
         for target, place in zip(targets, sums, strict=True):
             builder.store(builder.load(place), target, align=4)
@@ -148,7 +147,6 @@ def make_shrink_tile(num_rows: int, num_ranks: int) -> Any:
         )
         word, dtype = depth.type, signature.args[2].dtype
         vector = ir.VectorType(FLOAT, _DOT_LANES)
-        multiply_add = fma(builder, vector)
         rows = _rows(builder, source, num_rows, row_at, word(0))
         ranks = [
             builder.gep(pages.data, [builder.add(start, builder.mul(depth, word(j)))])
@@ -178,15 +176,15 @@ def make_shrink_tile(num_rows: int, num_ranks: int) -> Any:
                 factor = _load(builder, builder.gep(rank, [at]), dtype, _DOT_LANES)
                 for i, value in enumerate(values):
                     place = dots[i * num_ranks + j][-1]
-                    total = builder.call(multiply_add, [value, factor, builder.load(place)])
+                    total = multiply_add(builder, value, factor, builder.load(place))
                     builder.store(total, place)
         whole = builder.mul(num_steps, word(_DOT_LANES))
         for row, rank, output, j, place in dots:
             total = cgutils.alloca_once_value(builder, _sum_lanes(builder, builder.load(place)))
             with cgutils.for_range_slice(builder, whole, depth, word(1)) as (k, _):
                 factor = _load(builder, builder.gep(rank, [k]), dtype, 0)
-                terms = [builder.load(builder.gep(row, [k])), factor, builder.load(total)]
-                builder.store(builder.call(fma(builder, FLOAT), terms), total)
+                value = builder.load(builder.gep(row, [k]))
+                builder.store(multiply_add(builder, value, factor, builder.load(total)), total)
             builder.store(builder.load(total), builder.gep(output, [word(j)]))
         return context.get_dummy_value()
 

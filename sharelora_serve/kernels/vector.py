@@ -1,7 +1,7 @@
 """Numbers as they are stored and as they are computed with, as LLVM intrinsics for numba.
 
-Numbers in memory are float32, float16 (seen by numba as uint16), bfloat16 (seen as int16) or int8;
-arithmetic is always float32.
+Numbers in memory are float32, float16 (seen by numba as uint16), bfloat16 (seen as int16, and two
+side by side as int32) or int8; sums are always float32.
 """
 
 from typing import Any
@@ -18,6 +18,11 @@ FLOAT = ir.FloatType()
 def has_avx512() -> bool:
     """Whether 32 registers of 16 floats are there, which decides the size of a tile."""
     return bool(llvm.get_host_cpu_features().get("avx512f"))
+
+
+def has_bfloat16_vectors() -> bool:
+    """Whether vectors of bfloat16 are multiplied as they are."""
+    return has_avx512() and bool(llvm.get_host_cpu_features().get("avx512bf16"))
 
 
 def widen(builder: Any, bits: Any, dtype: Any, lanes: int) -> Any:
@@ -92,9 +97,15 @@ def alignment(stored: Any) -> int:
     return stored.width // 8 if isinstance(stored, ir.IntType) else 4
 
 
-def fma(builder: Any, kind: Any) -> Any:
-    """The fused multiply-add of this type."""
-    name = f"v{kind.count}f32" if isinstance(kind, ir.VectorType) else "f32"
-    return cgutils.get_or_insert_function(
-        builder.module, ir.FunctionType(kind, [kind] * 3), f"llvm.fma.{name}"
-    )
+def multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
+    """left * right + total, of floats or vectors of them, in one rounding.
+
+    Of vectors of pairs of bfloat16 both products of a pair are added to a total of float32.
+    """
+    if total.type == left.type:
+        lanes = f"v{total.type.count}" if isinstance(total.type, ir.VectorType) else ""
+        name, terms = f"llvm.fma.{lanes}f32", [left, right, total]
+    else:
+        name, terms = "llvm.x86.avx512bf16.dpbf16ps.512", [total, left, right]
+    kind = ir.FunctionType(total.type, [term.type for term in terms])
+    return builder.call(cgutils.get_or_insert_function(builder.module, kind, name), terms)

@@ -47,8 +47,8 @@ def test_auto_takes_a_checkpoints_own_bfloat16_where_it_is_multiplied(
 ) -> None:
     float32 = load_model_config(base_folder(None))
     own = replace(float32, dtype=torch.bfloat16)
-    for has_registers, expected in ((True, torch.bfloat16), (False, torch.float16)):
-        monkeypatch.setattr(device, "has_matrix_registers", lambda has=has_registers: has)
+    for multiplies, expected in ((True, torch.bfloat16), (False, torch.float16)):
+        monkeypatch.setattr(device, "multiplies_bfloat16", lambda does=multiplies: does)
         monkeypatch.setattr(device, "_converts_float16", lambda: True)
         assert choose_dtype(ServeConfig(), own, torch.device("cpu")) == expected
         assert choose_dtype(ServeConfig(), float32, torch.device("cpu")) == torch.float16

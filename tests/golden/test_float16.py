@@ -3,7 +3,8 @@
 import queue
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,11 +50,52 @@ Two to three times what is measured, since other processors round in another ord
 
 @dataclass(frozen=True, slots=True)
 class Texts:
-    """Token ids of each text under each owner, and the float32 logits of Hugging Face for them."""
+    """Token ids of each text under each owner, and the logits of Hugging Face for them.
+
+    logits    in float32
+    bfloat16  of the same model in bfloat16, adapters folded in before it was rounded
+    """
 
     adapters_folder: Path
     texts: list[tuple[str | None, list[int]]]
     logits: list[Tensor]
+    bfloat16: list[Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Of logits from those of float32, and of the log probabilities of likely tokens."""
+
+    max_logit: float
+    mean_logit: float
+    max_logprob: float
+    num_same_choice: int
+    num_positions: int
+
+    def __str__(self) -> str:
+        return (
+            f"logits differ by up to {self.max_logit:.2g} ({self.mean_logit:.2g} on average), log "
+            f"probabilities of likely tokens by up to {self.max_logprob:.2g}; "
+            f"{self.num_same_choice} of {self.num_positions} greedy choices are the same"
+        )
+
+
+def difference(found: Iterable[Tensor], expected: Iterable[Tensor]) -> Difference:
+    """How far the logits of all texts are from those of float32."""
+    max_logit = max_logprob = total = 0.0
+    num_positions = num_same_choice = 0
+    for ours, exact in zip(found, expected, strict=True):
+        assert ours.shape == exact.shape
+        apart = (ours - exact).abs()
+        likely = exact.topk(NUM_LIKELY).indices
+        logprobs = ours.log_softmax(-1) - exact.log_softmax(-1)
+        max_logit = max(max_logit, float(apart.max()))
+        max_logprob = max(max_logprob, float(logprobs.gather(1, likely).abs().max()))
+        total += float(apart.mean(1).sum())
+        num_positions += len(ours)
+        num_same_choice += int((ours.argmax(1) == exact.argmax(1)).sum())
+    mean = total / num_positions
+    return Difference(max_logit, mean, max_logprob, num_same_choice, num_positions)
 
 
 @pytest.fixture(scope="module")
@@ -65,13 +107,16 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
     adapters = write_adapters(adapters_folder, model, SEED, strength=0.4, names=names)
     asked: list[tuple[str | None, list[int]]] = []
     logits: list[Tensor] = []
+    bfloat16: list[Tensor] = []
     for owner in OWNERS:
         with folded(model, None if owner is None else adapters[owner]), torch.inference_mode():
+            rounded = deepcopy(model).bfloat16()
             for text in TEXTS:
                 token_ids: list[int] = tokenizer.encode(text)
                 asked.append((owner, token_ids))
                 logits.append(model(torch.tensor([token_ids])).logits[0])
-    return Texts(adapters_folder, asked, logits)
+                bfloat16.append(rounded(torch.tensor([token_ids])).logits[0].float())
+    return Texts(adapters_folder, asked, logits, bfloat16)
 
 
 def served_logits(
@@ -119,26 +164,12 @@ def test_half_precision_stays_near_float32(
         adapter_dtype=adapter_dtype,
         threads=2,
     )
-    max_logit = max_logprob = total = 0.0
-    num_positions = num_same_choice = 0
     with running_engine(config) as loaded:
-        for found, expected in zip(
-            served_logits(loaded, texts, monkeypatch), texts.logits, strict=True
-        ):
-            assert found.shape == expected.shape
-            difference = (found - expected).abs()
-            likely = expected.topk(NUM_LIKELY).indices
-            logprobs = found.log_softmax(-1) - expected.log_softmax(-1)
-            max_logit = max(max_logit, float(difference.max()))
-            max_logprob = max(max_logprob, float(logprobs.gather(1, likely).abs().max()))
-            total += float(difference.mean(1).sum())
-            num_positions += len(found)
-            num_same_choice += int((found.argmax(1) == expected.argmax(1)).sum())
-    measured = (
-        f"{dtype}, adapters {adapter_dtype}: logits differ by up to {max_logit:.2g} "
-        f"({total / num_positions:.2g} on average), log probabilities of likely tokens by up to "
-        f"{max_logprob:.2g}; {num_same_choice} of {num_positions} greedy choices are the same"
-    )
+        found = difference(served_logits(loaded, texts, monkeypatch), texts.logits)
+    measured = f"{dtype}, adapters {adapter_dtype}: {found}"
     logit_bound, logprob_bound = MAX_DIFFERENCE[dtype, adapter_dtype]
-    assert max_logit < logit_bound, measured
-    assert max_logprob < logprob_bound, measured
+    assert found.max_logit < logit_bound, measured
+    assert found.max_logprob < logprob_bound, measured
+    if dtype == "bfloat16":
+        usual = difference(texts.bfloat16, texts.logits)
+        assert found.mean_logit < usual.mean_logit, f"{measured}; Hugging Face: {usual}"

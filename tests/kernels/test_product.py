@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sharelora_serve.kernels.cpu import multiplies_bfloat16
 from sharelora_serve.kernels.tiles import LANES
 from tests.kernels.batches import DTYPES, same_bits, small_integers
 from tests.kernels.parts import PARTS, Parts, packed
@@ -44,14 +45,28 @@ def test_linear_rounds_no_more_than_a_sum_in_float32(
     dtype: torch.dtype, in_features: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(11, in_features, generator=generator)
+    x = torch.randn(11, in_features, generator=generator).to(dtype).float()
     weight = torch.randn(70, in_features, generator=generator).to(dtype)
     exact = x.double() @ weight.double().T
-    rounding = in_features * 2.0**-24
-    if dtype == torch.bfloat16:  # matrix registers: twice as many terms, of activations of 16 bits
-        rounding = 2 * rounding + 2.0**-17
-    bound = x.double().abs() @ weight.double().abs().T * rounding
+    bound = x.double().abs() @ weight.double().abs().T * in_features * 2.0**-24
     assert ((linear(CPU, x, weight).double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rows", [1, 5, 33, 80])
+def test_activations_are_rounded_where_bfloat16_is_multiplied_and_nowhere_else(
+    dtype: torch.dtype, rows: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, 320, generator=generator)
+    weight = torch.randn(70, 320, generator=generator).to(dtype)
+    found, of_rounded = (linear(CPU, each, weight) for each in (x, x.bfloat16().float()))
+    if dtype == torch.bfloat16 and multiplies_bfloat16():
+        assert same_bits(found, of_rounded)
+    else:
+        exact = x.double() @ weight.double().T
+        bound = x.double().abs() @ weight.double().abs().T * 320 * 2.0**-24
+        assert ((found.double() - exact).abs() <= bound).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
