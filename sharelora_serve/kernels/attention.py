@@ -12,6 +12,9 @@ from sharelora_serve.kernels.product import add_product, block_product
 from sharelora_serve.kernels.tiles import LANES, fetch_lines
 from sharelora_serve.kernels.vector import from_float
 
+_MANY = 8
+"""A row that sees no more than this part of what a step reads is attended to by one thread."""
+
 
 @numba.njit(nogil=True, fastmath={"contract"})
 def _rotate(head: Any, norm: Any, eps: Any, cosine: Any, sine: Any, scale: Any, to: Any) -> None:
@@ -70,6 +73,86 @@ def _scattering_stride(count: Any) -> Any:
     return stride
 
 
+@numba.njit(nogil=True)
+def _is_alone(first: Any, count: Any, row_sequence: Any) -> Any:
+    """Whether these rows are all that their sequence has in the step."""
+    sequence, end = row_sequence[first], first + count
+    return (first == 0 or row_sequence[first - 1] != sequence) and (
+        end == row_sequence.shape[0] or row_sequence[end] != sequence
+    )
+
+
+@numba.njit(nogil=True)
+def _make_items(tasks: Any, positions: Any, kv_heads: Any) -> Any:
+    """(num_items, 4) of first row, number of rows, first kv head, end of kv heads.
+
+    One for each kv head of a task, but one for all where a single row sees a small part of what
+    the step reads: its blocks, in which the heads stand side by side, are then read as they stand.
+    """
+    num_tasks = tasks.shape[0]
+    total = 0
+    for task in range(num_tasks):
+        first, count = tasks[task, 0], tasks[task, 1]
+        total += count * (positions[first + count - 1] + 1)
+    items = np.empty((num_tasks * kv_heads, 4), np.int64)
+    num_items = 0
+    for task in range(num_tasks):
+        first, count = tasks[task, 0], tasks[task, 1]
+        is_small = count == 1 and _MANY * (positions[first] + 1) <= total
+        heads = kv_heads if is_small else 1
+        for head in range(0, kv_heads, heads):
+            items[num_items, 0], items[num_items, 1] = first, count
+            items[num_items, 2], items[num_items, 3] = head, head + heads
+            num_items += 1
+    return items[:num_items]
+
+
+@numba.njit(nogil=True)
+def _store(
+    qkv: Any,
+    first: Any,
+    count: Any,
+    head: Any,
+    heads: Any,
+    k_norm: Any,
+    eps: Any,
+    cosine: Any,
+    sine: Any,
+    positions: Any,
+    row_sequence: Any,
+    block_tables: Any,
+    keys: Any,
+    values: Any,
+) -> None:
+    """Rotate and store what these rows have for one kv head; `heads` are those of the queries."""
+    kv_heads, head_dim = keys.shape[1], 2 * cosine.shape[1]
+    rotated = np.empty(head_dim, np.float32)
+    for t in range(first, first + count):
+        here = positions[t]
+        block = block_tables[row_sequence[t], here // BLOCK_SIZE]
+        at = here % BLOCK_SIZE
+        start = (heads + head) * head_dim
+        _rotate(
+            qkv[t, start : start + head_dim],
+            k_norm,
+            eps,
+            cosine[here],
+            sine[here],
+            np.float32(1),
+            rotated,
+        )
+        key = keys[block, head]
+        for d in range(head_dim):
+            key[d, at] = from_float(rotated[d], key[d, at])
+        start = (heads + kv_heads + head) * head_dim
+        value = values[block, head]
+        for d in range(head_dim):
+            old = value[d // LANES, at, d % LANES]
+            value[d // LANES, at, d % LANES] = from_float(qkv[t, start + d], old)
+        if t + 1 == positions.shape[0] or row_sequence[t + 1] != row_sequence[t]:
+            _clear_after(value, at)
+
+
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def attend(
     qkv: Any,
@@ -96,87 +179,84 @@ def attend(
     scale = np.float32(1) / np.float32(math.sqrt(np.float32(head_dim)))
     key_blocks = keys.reshape(-1, dim, LANES)
     value_blocks = values.reshape(-1, BLOCK_SIZE, LANES)
+    size = dim * BLOCK_SIZE
 
-    # All keys and values of the step are stored before any row attends: rows of a chunk see
-    # those before them.
-    for task in numba.prange(tasks.shape[0] * kv_heads):
-        first, count, k = tasks[task // kv_heads, 0], tasks[task // kv_heads, 1], task % kv_heads
-        rotated = np.empty(head_dim, np.float32)
-        for t in range(first, first + count):
-            here = positions[t]
-            block = block_tables[row_sequence[t], here // BLOCK_SIZE]
-            at = here % BLOCK_SIZE
-            start = (heads + k) * head_dim
-            _rotate(
-                qkv[t, start : start + head_dim],
-                k_norm,
-                eps,
-                cosine[here],
-                sine[here],
-                np.float32(1),
-                rotated,
-            )
-            key = keys[block, k]
-            for d in range(head_dim):
-                key[d, at] = from_float(rotated[d], key[d, at])
-            start = (heads + kv_heads + k) * head_dim
-            value = values[block, k]
-            for d in range(head_dim):
-                old = value[d // LANES, at, d % LANES]
-                value[d // LANES, at, d % LANES] = from_float(qkv[t, start + d], old)
-            if t + 1 == positions.shape[0] or row_sequence[t + 1] != row_sequence[t]:
-                _clear_after(value, at)
+    # Rows of a chunk see those before them, so a chunk of several tasks is stored before any row
+    # of it attends.
+    is_cut = False
+    for task in range(tasks.shape[0]):
+        is_cut |= not _is_alone(tasks[task, 0], tasks[task, 1], row_sequence)
+    if is_cut:
+        for index in numba.prange(tasks.shape[0] * kv_heads):
+            first, count = tasks[index // kv_heads, 0], tasks[index // kv_heads, 1]
+            if not _is_alone(first, count, row_sequence):
+                _store(
+                    qkv, first, count, index % kv_heads, heads, k_norm, eps, cosine, sine,
+                    positions, row_sequence, block_tables, keys, values,
+                )  # fmt: skip
 
-    num_tasks = tasks.shape[0] * kv_heads
-    stride = _scattering_stride(num_tasks)
-    for index in numba.prange(num_tasks):
-        task = index * stride % num_tasks
-        first, count, k = tasks[task // kv_heads, 0], tasks[task // kv_heads, 1], task % kv_heads
+    items = _make_items(tasks, positions, kv_heads)
+    num_items = items.shape[0]
+    stride = _scattering_stride(num_items)
+    for index in numba.prange(num_items):
+        item = items[index * stride % num_items]
+        first, count, low_head, high_head = item[0], item[1], item[2], item[3]
+        if _is_alone(first, count, row_sequence):
+            for k in range(low_head, high_head):
+                _store(
+                    qkv, first, count, k, heads, k_norm, eps, cosine, sine,
+                    positions, row_sequence, block_tables, keys, values,
+                )  # fmt: skip
         table = block_tables[row_sequence[first]]
-        rows = count * group
+        rows, num_heads = count * group, high_head - low_head
         begin = 0
         if window > 0:
             begin = max(0, positions[first] + 1 - window) // BLOCK_SIZE
         end = positions[first + count - 1] // BLOCK_SIZE + 1
-        query = np.zeros((rows, dim), np.float32)
-        scores = np.empty((rows, (end - begin) * BLOCK_SIZE), np.float32)
-        total = np.zeros((rows, dim), np.float32)
-        for t in range(count):
-            here = positions[first + t]
-            for g in range(group):
-                start = (k * group + g) * head_dim
+        query = np.zeros((num_heads, rows, dim), np.float32)
+        scores = np.empty((num_heads, rows, (end - begin) * BLOCK_SIZE), np.float32)
+        total = np.zeros((num_heads, rows, dim), np.float32)
+        for h in range(num_heads):
+            for r in range(rows):
+                t, g = first + r // group, r % group
+                start = ((low_head + h) * group + g) * head_dim
                 _rotate(
-                    qkv[first + t, start : start + head_dim],
+                    qkv[t, start : start + head_dim],
                     q_norm,
                     eps,
-                    cosine[here],
-                    sine[here],
+                    cosine[positions[t]],
+                    sine[positions[t]],
                     scale,
-                    query[t * group + g, :head_dim],
+                    query[h, r, :head_dim],
                 )
         for j in range(begin, end):
-            block = table[j] * kv_heads + k
             column = (j - begin) * BLOCK_SIZE
-            size = dim * BLOCK_SIZE
-            fetch_lines(values, block * size, size)
-            if j + 1 < end:
-                fetch_lines(keys, (table[j + 1] * kv_heads + k) * size, size)
-            block_product(query, rows, key_blocks, block * size, LANES, dim, scores, column)
-        for r in range(rows):
-            length = positions[first + r // group] + 1
-            start = begin * BLOCK_SIZE
-            low = max(0, length - window) - start if window > 0 else -start
-            _softmax(scores[r], max(0, low), length - start)
-        for j in range(begin, end):
-            block = (table[j] * kv_heads + k) * dim_blocks
-            column = (j - begin) * BLOCK_SIZE
-            for part in range(dim_blocks):
-                start = (block + part) * BLOCK_SIZE * LANES
-                add_product(
-                    scores, column, rows, value_blocks, start, BLOCK_SIZE, total, part * LANES
+            for h in range(num_heads):
+                block = table[j] * kv_heads + low_head + h
+                if j + 1 < end:
+                    fetch_lines(keys, (table[j + 1] * kv_heads + low_head + h) * size, size)
+                block_product(
+                    query[h], rows, key_blocks, block * size, LANES, dim, scores[h], column
                 )
-        for r in range(rows):
-            start = (k * group + r % group) * head_dim
-            to = out[first + r // group]
-            for d in range(head_dim):
-                to[start + d] = total[r, d]
+        for h in range(num_heads):
+            for r in range(rows):
+                length = positions[first + r // group] + 1
+                start = begin * BLOCK_SIZE
+                low = max(0, length - window) - start if window > 0 else -start
+                _softmax(scores[h, r], max(0, low), length - start)
+        for j in range(begin, end):
+            column = (j - begin) * BLOCK_SIZE
+            for h in range(num_heads):
+                block = (table[j] * kv_heads + low_head + h) * dim_blocks
+                for part in range(dim_blocks):
+                    start = (block + part) * BLOCK_SIZE * LANES
+                    add_product(
+                        scores[h], column, rows, value_blocks, start, BLOCK_SIZE, total[h],
+                        part * LANES,
+                    )  # fmt: skip
+        for h in range(num_heads):
+            for r in range(rows):
+                start = ((low_head + h) * group + r % group) * head_dim
+                to = out[first + r // group]
+                for d in range(head_dim):
+                    to[start + d] = total[h, r, d]
