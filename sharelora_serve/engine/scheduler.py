@@ -153,7 +153,8 @@ class Scheduler:
 
         A prompt that is first in turn and needs a little more than its chunk to be complete gets
         the tokens of streams whose clients were served far more: they pause for the step, but
-        for MAX_PAUSES in a row at most.
+        for MAX_PAUSES in a row at most. With `prefill_per_decode`, which tells that every token
+        makes a step longer, they pause for one that its chunk completes too.
         """
         batch = Batch()
         num_preemptions = self.num_preemptions
@@ -342,7 +343,8 @@ class Scheduler:
         }
         num_missing = num_tokens - first.num_tokens
         is_there = first in batch.scheduled  # and was not preempted after it
-        if not (is_there and 0 < num_missing <= len(pausing)):
+        fewest = 0 if self._prefill_per_decode else 1
+        if not (is_there and fewest <= num_missing <= len(pausing)):
             return {}
         if not self._kv_cache.grow(request, num_tokens):
             return {}

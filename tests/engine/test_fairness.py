@@ -134,6 +134,18 @@ def test_streams_pause_for_a_prompt_that_their_tokens_complete(
     assert all(stream in step for stream in streams)
 
 
+def test_streams_pause_for_a_prompt_that_its_chunk_completes_where_tokens_make_a_step_longer() -> (
+    None
+):
+    rig = Rig(prefill_chunk=8, prefill_per_decode=1)
+    streams = start_streams(rig, 6)
+    quiet = rig.add(8, tenant="quiet")
+    step = rig.step()
+    assert step is not None
+    assert step[quiet] == 8
+    assert not any(stream in step for stream in streams)
+
+
 def test_streams_of_the_same_client_never_pause() -> None:
     rig = Rig(prefill_chunk=8)
     streams = start_streams(rig, 6)
