@@ -152,9 +152,9 @@ class Scheduler:
         were served far more, as many as it takes.
 
         A prompt that is first in turn and needs a little more than its chunk to be complete gets
-        the tokens of streams whose clients were served far more: they pause for the step, but
-        for MAX_PAUSES in a row at most. With `prefill_per_decode`, which tells that every token
-        makes a step longer, they pause for one that its chunk completes too.
+        the tokens of streams whose clients run more requests and were served far more: they pause
+        for the step, but for MAX_PAUSES in a row at most. With `prefill_per_decode`, which tells
+        that every token makes a step longer, they pause for one that its chunk completes too.
         """
         batch = Batch()
         num_preemptions = self.num_preemptions
@@ -334,10 +334,12 @@ class Scheduler:
         """Complete a prompt with the tokens of streams that may pause; returned as in `_paused`."""
         request, num_tokens = first.request, first.request.num_uncomputed
         served = self._waiting.served(request.client)
+        num_running = Counter(entry.request.client for entry in self._running)
         pausing = {
             item.request: self._paused.get(item.request, 0) + 1
             for item in batch.scheduled
             if item.request.num_uncomputed == 1
+            and num_running[item.request.client] > num_running[request.client]
             and self._paused.get(item.request, 0) < MAX_PAUSES
             and self._had_far_more(self._entries[item.request.request_id], served)
         }
