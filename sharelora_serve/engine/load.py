@@ -217,6 +217,7 @@ def load_engine(
             max_batch_tokens=config.max_batch_tokens,
             prefill_chunk=prefill_chunk,
             prefill_per_decode=prefill_per_decode,
+            are_rows_costly=device.type == "cpu",
         ),
         runner=runner,
         sampler=Sampler(model.vocab_size, eos_token_ids, device),

@@ -81,8 +81,12 @@ class Scheduler:
         max_batch_tokens: int,
         prefill_chunk: int,
         prefill_per_decode: int,
+        are_rows_costly: bool,
     ) -> None:
-        """Limits: requests running at once, tokens per step, prompt tokens beside decodes."""
+        """Limits: requests running at once, tokens per step, prompt tokens beside decodes.
+
+        Rows are costly where each makes a step longer, as on a CPU.
+        """
         assert max_batch_tokens >= max_running >= 1, "every running request must get its token"
         assert prefill_chunk >= 1, "without prompt tokens no request would ever start"
         self._kv_cache = kv_cache
@@ -91,6 +95,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._prefill_chunk = prefill_chunk
         self._prefill_per_decode = prefill_per_decode
+        self._are_rows_costly = are_rows_costly
         self._entries: dict[str, Entry] = {}
         self._waiting = FairQueue()
         self._running: list[Entry] = []
@@ -153,8 +158,8 @@ class Scheduler:
 
         A prompt that is first in turn and needs a little more than its chunk to be complete gets
         the tokens of streams whose clients run more requests and were served far more: they pause
-        for the step, but for MAX_PAUSES in a row at most. With `prefill_per_decode`, which tells
-        that every token makes a step longer, they pause for one that its chunk completes too.
+        for the step, but for MAX_PAUSES in a row at most. Where rows are costly they pause too for
+        one that its chunk completes: the step is shorter without them.
         """
         batch = Batch()
         num_preemptions = self.num_preemptions
@@ -331,7 +336,7 @@ class Scheduler:
             entry.num_charged = end
 
     def _pause_for(self, first: ScheduledRequest, batch: Batch) -> dict[Request, int]:
-        """Complete a prompt with the tokens of streams that may pause; returned as in `_paused`."""
+        """Complete a prompt in place of streams that may pause; returned as in `_paused`."""
         request, num_tokens = first.request, first.request.num_uncomputed
         served = self._waiting.served(request.client)
         num_running = Counter(entry.request.client for entry in self._running)
@@ -345,8 +350,8 @@ class Scheduler:
         }
         num_missing = num_tokens - first.num_tokens
         is_there = first in batch.scheduled  # and was not preempted after it
-        fewest = 0 if self._prefill_per_decode else 1
-        if not (is_there and fewest <= num_missing <= len(pausing)):
+        is_worth_it = num_missing > 0 or self._are_rows_costly
+        if not (pausing and is_there and is_worth_it and num_missing <= len(pausing)):
             return {}
         if not self._kv_cache.grow(request, num_tokens):
             return {}

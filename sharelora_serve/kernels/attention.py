@@ -12,8 +12,8 @@ from sharelora_serve.kernels.product import add_product, block_product
 from sharelora_serve.kernels.tiles import LANES, fetch_lines
 from sharelora_serve.kernels.vector import from_float
 
-_MANY = 8
-"""A row that sees no more than this part of what a step reads is attended to by one thread."""
+_SHARES = 4
+"""Of a thread: a row that is no more than one of them of a step's work is one thread's."""
 
 
 @numba.njit(nogil=True, fastmath={"contract"})
@@ -83,13 +83,13 @@ def _is_alone(first: Any, count: Any, row_sequence: Any) -> Any:
 
 
 @numba.njit(nogil=True)
-def _make_items(tasks: Any, positions: Any, kv_heads: Any) -> Any:
+def _make_items(tasks: Any, positions: Any, kv_heads: Any, num_threads: Any) -> Any:
     """(num_items, 4) of first row, number of rows, first kv head, end of kv heads.
 
-    One for each kv head of a task, but one for all where a single row sees a small part of what
-    the step reads: its blocks, in which the heads stand side by side, are then read as they stand.
+    One for each kv head of a task, but one for all where a single row is a small part of the work:
+    its blocks, in which the heads stand side by side, are then read as they stand.
     """
-    num_tasks = tasks.shape[0]
+    num_tasks, shares = tasks.shape[0], _SHARES * num_threads
     total = 0
     for task in range(num_tasks):
         first, count = tasks[task, 0], tasks[task, 1]
@@ -98,7 +98,7 @@ def _make_items(tasks: Any, positions: Any, kv_heads: Any) -> Any:
     num_items = 0
     for task in range(num_tasks):
         first, count = tasks[task, 0], tasks[task, 1]
-        is_small = count == 1 and _MANY * (positions[first] + 1) <= total
+        is_small = count == 1 and shares * (positions[first] + 1) <= total
         heads = kv_heads if is_small else 1
         for head in range(0, kv_heads, heads):
             items[num_items, 0], items[num_items, 1] = first, count
@@ -165,6 +165,7 @@ def attend(
     row_sequence: Any,
     block_tables: Any,
     tasks: Any,
+    num_threads: Any,
     window: Any,
     keys: Any,
     values: Any,
@@ -195,7 +196,7 @@ def attend(
                     positions, row_sequence, block_tables, keys, values,
                 )  # fmt: skip
 
-    items = _make_items(tasks, positions, kv_heads)
+    items = _make_items(tasks, positions, kv_heads, num_threads)
     num_items = items.shape[0]
     stride = _scattering_stride(num_items)
     for index in numba.prange(num_items):

@@ -77,6 +77,7 @@ def _layers(
     row_sequence: Any,
     block_tables: Any,
     tasks: Any,
+    num_threads: Any,
     row_adapter: Any,
     offsets: Any,
     a_pages: Any,
@@ -96,7 +97,7 @@ def _layers(
             )
         attend(
             qkv, q_norm[layer], k_norm[layer], eps, cosine, sine,
-            positions, row_sequence, block_tables, tasks, windows[layer],
+            positions, row_sequence, block_tables, tasks, num_threads, windows[layer],
             keys[layer], values[layer], attended,
         )  # fmt: skip
         product(attended, w_o[layer], o_bias[layer], delta)
@@ -256,5 +257,6 @@ class CpuKernels:
             attention.row_sequence.numpy(),
             attention.block_tables.numpy(),
             attention.tasks.numpy(),
+            numba.get_num_threads(),
             *pages,
         )

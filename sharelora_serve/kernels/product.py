@@ -4,7 +4,8 @@ A packed weight is (ceil(out / LANES), in, LANES): blocks of LANES outputs, padd
 memory the blocks of a strip take turns, input by input, so that a strip is one stream; `_place`
 tells where a block's numbers stand. Where the processor multiplies bfloat16 it is
 (ceil(out / LANES), in / 2, LANES, 2), two inputs of an output side by side, and for matrix
-registers (ceil(out / LANES), in / DEPTH, DEPTH / 2, LANES, 2), of which blocks take no turns.
+registers (ceil(out / LANES), in / DEPTH, DEPTH / 2, LANES, 2): the same, but for five dimensions,
+by which it is told apart, and that blocks take no turns.
 """
 
 from collections.abc import Iterator
@@ -191,7 +192,7 @@ def product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     bias    (out_features,)                            float32; empty for none
     out     (num_tokens, ceil(out / LANES) * LANES)    float32
 
-    Where the processor multiplies bfloat16, x is rounded to it too, and sums are float32.
+    Where two inputs of a weight stand side by side, x is rounded to bfloat16 as the weight is.
     """
     if weight.ndim == 5:
         _matrix_product(_rounded(x), weight, bias, out)

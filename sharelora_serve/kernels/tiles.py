@@ -1,8 +1,8 @@
 """Tiles of products, as LLVM intrinsics for numba: sums that stay in registers throughout.
 
-Weights and factors are numbers as `vector` knows them; all else is float32, all is C-contiguous.
-Every output adds its products in an order that does not depend on the tile, each in one fused
-multiply-add: a row's result never depends on the rows beside it.
+Weights and factors are numbers as `vector` knows them; all else is float32, but for activations
+that are pairs as their weights are; all is C-contiguous. Every output adds its products in an order
+that does not depend on the tile: a row's result never depends on the rows beside it.
 """
 
 from typing import Any
@@ -218,7 +218,7 @@ def _rows(builder: Any, matrix: Any, count: int, first: Any, column: Any) -> lis
 
 
 def _load(builder: Any, pointer: Any, dtype: Any, lanes: int) -> Any:
-    """The float32 values of the stored numbers at `pointer`; one scalar for lanes == 0."""
+    """The stored numbers at `pointer`, as `widen` gives them; one scalar for lanes == 0."""
     stored = pointer.type.pointee
     if lanes:
         pointer = builder.bitcast(pointer, ir.VectorType(stored, lanes).as_pointer())

@@ -26,7 +26,7 @@ def has_bfloat16_vectors() -> bool:
 
 
 def widen(builder: Any, bits: Any, dtype: Any, lanes: int) -> Any:
-    """Turn a stored scalar (lanes == 0) or vector into float32."""
+    """Turn a stored scalar (lanes == 0) or vector into float32; pairs stay what they are."""
 
     def shaped(scalar: Any) -> Any:
         return ir.VectorType(scalar, lanes) if lanes else scalar
@@ -100,7 +100,7 @@ def alignment(stored: Any) -> int:
 def multiply_add(builder: Any, left: Any, right: Any, total: Any) -> Any:
     """left * right + total, of floats or vectors of them, in one rounding.
 
-    Of vectors of pairs of bfloat16 both products of a pair are added to a total of float32.
+    Of vectors of pairs of bfloat16 both products of a pair are added to a total of float32, in two.
     """
     if total.type == left.type:
         lanes = f"v{total.type.count}" if isinstance(total.type, ir.VectorType) else ""

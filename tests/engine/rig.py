@@ -105,6 +105,8 @@ class Rig:
         prefill_chunk: int = 8,
         shelf: Shelf | None = None,
         prefill_per_decode: int = 0,
+        *,
+        are_rows_costly: bool = False,
     ) -> None:
         self.kv_cache = KVCache(num_blocks, BLOCK)
         self.shelf = shelf or Shelf()
@@ -119,6 +121,7 @@ class Rig:
             max_batch_tokens=max_batch_tokens,
             prefill_chunk=prefill_chunk,
             prefill_per_decode=prefill_per_decode,
+            are_rows_costly=are_rows_costly,
         )
         self.requests: list[Request] = []  # in order of arrival
         self.finished: set[Request] = set()

@@ -242,6 +242,7 @@ class TinyModel:
                     max_batch_tokens=max_batch_tokens,
                     prefill_chunk=prefill_chunk,
                     prefill_per_decode=2,
+                    are_rows_costly=True,
                 ),
                 runner=runner,
                 sampler=self.sampler,

@@ -134,16 +134,29 @@ def test_streams_pause_for_a_prompt_that_their_tokens_complete(
     assert all(stream in step for stream in streams)
 
 
-def test_streams_pause_for_a_prompt_that_its_chunk_completes_where_tokens_make_a_step_longer() -> (
-    None
-):
-    rig = Rig(prefill_chunk=8, prefill_per_decode=1)
+@pytest.mark.parametrize("are_rows_costly", [False, True])
+def test_streams_pause_for_a_prompt_that_its_chunk_completes_where_rows_are_costly(
+    are_rows_costly: bool,
+) -> None:
+    rig = Rig(prefill_chunk=8, are_rows_costly=are_rows_costly)
     streams = start_streams(rig, 6)
     quiet = rig.add(8, tenant="quiet")
     step = rig.step()
     assert step is not None
     assert step[quiet] == 8
-    assert not any(stream in step for stream in streams)
+    assert [stream in step for stream in streams] == [not are_rows_costly] * 6
+
+
+@pytest.mark.parametrize(("num_streams", "pauses"), [(1, False), (2, True)])
+def test_streams_pause_only_for_clients_that_run_fewer_requests(
+    num_streams: int, pauses: bool
+) -> None:
+    rig = Rig(prefill_chunk=8, are_rows_costly=True)
+    streams = start_streams(rig, num_streams)
+    rig.add(8, tenant="newcomer")
+    step = rig.step()
+    assert step is not None
+    assert [stream in step for stream in streams] == [not pauses] * num_streams
 
 
 def test_streams_of_the_same_client_never_pause() -> None:

@@ -34,6 +34,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_extra_tokens=st.integers(0, 20),
         prefill_chunk=st.integers(1, 8),
         prefill_per_decode=st.integers(0, 3),
+        are_rows_costly=st.booleans(),
         sizes=st.lists(st.integers(1, 3), min_size=4, max_size=4),
         num_extra_room=st.integers(0, 2),
         num_tenants=st.sampled_from([1, 3]),
@@ -45,6 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         num_extra_tokens: int,
         prefill_chunk: int,
         prefill_per_decode: int,
+        are_rows_costly: bool,
         sizes: list[int],
         num_extra_room: int,
         num_tenants: int,
@@ -54,7 +56,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         shelf.sizes = {version.digest: size for version, size in zip(VERSIONS, sizes, strict=False)}
         max_batch_tokens = max_running + num_extra_tokens
         self.rig = Rig(
-            num_blocks, max_running, max_batch_tokens, prefill_chunk, shelf, prefill_per_decode
+            num_blocks,
+            max_running,
+            max_batch_tokens,
+            prefill_chunk,
+            shelf,
+            prefill_per_decode,
+            are_rows_costly=are_rows_costly,
         )
 
     @rule(

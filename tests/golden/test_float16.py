@@ -110,7 +110,9 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Texts:
     bfloat16: list[Tensor] = []
     for owner in OWNERS:
         with folded(model, None if owner is None else adapters[owner]), torch.inference_mode():
-            rounded = deepcopy(model).bfloat16()
+            rounded = deepcopy(model)
+            for parameter in rounded.parameters():  # not the rotary frequencies, as when loaded so
+                parameter.data = parameter.data.bfloat16()
             for text in TEXTS:
                 token_ids: list[int] = tokenizer.encode(text)
                 asked.append((owner, token_ids))

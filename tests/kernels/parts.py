@@ -160,6 +160,7 @@ class CpuParts:
             batch.row_sequence.numpy(),
             batch.block_tables.numpy(),
             batch.tasks.numpy(),
+            2,  # threads, whatever the machine has: how rows are shared out depends on it
             window,
             keys,
             values,

@@ -1,5 +1,6 @@
 """Packed weights: the dense products and the embedding of the CPU's kernels."""
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -45,7 +46,9 @@ def test_linear_rounds_no_more_than_a_sum_in_float32(
     dtype: torch.dtype, in_features: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(11, in_features, generator=generator).to(dtype).float()
+    x = torch.randn(11, in_features, generator=generator)
+    if dtype == torch.bfloat16:
+        x = x.to(dtype).float()
     weight = torch.randn(70, in_features, generator=generator).to(dtype)
     exact = x.double() @ weight.double().T
     bound = x.double().abs() @ weight.double().abs().T * in_features * 2.0**-24
@@ -53,20 +56,41 @@ def test_linear_rounds_no_more_than_a_sum_in_float32(
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("in_features", [301, 320])
 @pytest.mark.parametrize("rows", [1, 5, 33, 80])
 def test_activations_are_rounded_where_bfloat16_is_multiplied_and_nowhere_else(
-    dtype: torch.dtype, rows: int, seed: int
+    dtype: torch.dtype, in_features: int, rows: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, 320, generator=generator)
-    weight = torch.randn(70, 320, generator=generator).to(dtype)
+    x = torch.randn(rows, in_features, generator=generator)
+    weight = torch.randn(70, in_features, generator=generator).to(dtype)
     found, of_rounded = (linear(CPU, each, weight) for each in (x, x.bfloat16().float()))
-    if dtype == torch.bfloat16 and multiplies_bfloat16():
+    if dtype == torch.bfloat16 and in_features % 2 == 0 and multiplies_bfloat16():
         assert same_bits(found, of_rounded)
     else:
         exact = x.double() @ weight.double().T
-        bound = x.double().abs() @ weight.double().abs().T * 320 * 2.0**-24
+        bound = x.double().abs() @ weight.double().abs().T * in_features * 2.0**-24
         assert ((found.double() - exact).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("shape", [(16, 32), (50, 96), (131, 64)])
+def test_weight_for_matrix_registers_stands_as_they_read_it(
+    shape: tuple[int, int], seed: int
+) -> None:
+    """On any processor: a register's row is two inputs of 16 outputs; rows follow each other."""
+    outputs, inputs = shape
+    blocks = -(-outputs // LANES)
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(shape, generator=generator).to(torch.bfloat16)
+    placed = np.full((blocks, inputs // 32, 16, LANES, 2), -1, np.int16)
+    CPU.kernels.pack(weight, placed)
+    n, k = np.divmod(np.arange(outputs * inputs), inputs)
+    places = n // 16 * 16 * inputs + k // 2 * 32 + n % 16 * 2 + k % 2
+    assert (placed.reshape(-1)[places] == weight.view(torch.int16).numpy().reshape(-1)).all()
+    assert torch.equal(CPU.kernels.unpack(placed, outputs, torch.bfloat16), weight)
+    out = torch.full(shape, float("nan"))
+    CPU.kernels.embed(placed, torch.arange(outputs), out)
+    assert torch.equal(out, weight.float())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
