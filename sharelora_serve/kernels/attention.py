@@ -132,15 +132,8 @@ def _store(
         block = block_tables[row_sequence[t], here // BLOCK_SIZE]
         at = here % BLOCK_SIZE
         start = (heads + head) * head_dim
-        _rotate(
-            qkv[t, start : start + head_dim],
-            k_norm,
-            eps,
-            cosine[here],
-            sine[here],
-            np.float32(1),
-            rotated,
-        )
+        given = qkv[t, start : start + head_dim]
+        _rotate(given, k_norm, eps, cosine[here], sine[here], np.float32(1), rotated)
         key = keys[block, head]
         for d in range(head_dim):
             key[d, at] = from_float(rotated[d], key[d, at])
@@ -220,16 +213,9 @@ def attend(
         for h in range(num_heads):
             for r in range(rows):
                 t, g = first + r // group, r % group
-                start = ((low_head + h) * group + g) * head_dim
-                _rotate(
-                    qkv[t, start : start + head_dim],
-                    q_norm,
-                    eps,
-                    cosine[positions[t]],
-                    sine[positions[t]],
-                    scale,
-                    query[h, r, :head_dim],
-                )
+                here, start = positions[t], ((low_head + h) * group + g) * head_dim
+                given, rotated = qkv[t, start : start + head_dim], query[h, r, :head_dim]
+                _rotate(given, q_norm, eps, cosine[here], sine[here], scale, rotated)
         for j in range(begin, end):
             column = (j - begin) * BLOCK_SIZE
             for h in range(num_heads):
