@@ -9,12 +9,13 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from sharelora_serve.kernels.adapted import add_adapters, make_pieces
+from sharelora_serve.kernels.adapted import add_adapters, list_pages, make_pieces
 from sharelora_serve.kernels.attention import attend
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
 from sharelora_serve.kernels.cpu import CpuKernels, stored
 from sharelora_serve.kernels.elementwise import silu_and_multiply
 from sharelora_serve.kernels.layers import Buffers, LayerWeights
+from sharelora_serve.kernels.product import fetches_ahead, product
 from sharelora_serve.kernels.reference import Places, ReferenceKernels
 
 PRODUCTS, ADAPTERS, ATTENTION, ELEMENTWISE = "products", "adapters", "attention", "elementwise"
@@ -90,8 +91,30 @@ class _Parts(ReferenceKernels):
     def __init__(self, timed: TimedKernels) -> None:
         self._timed = timed
 
-    def linear(self, x: Tensor, weight: Any, out: Tensor) -> None:  # noqa: ANN401
-        self._timed.time(PRODUCTS, CpuKernels.linear, self._timed, x, weight, out)
+    def adapted_linear(
+        self,
+        x: Tensor,
+        weight: Any,  # noqa: ANN401
+        bias: Tensor,
+        out: Tensor,
+        batch: AdapterBatch | None,
+        entry: int,
+        columns: Tensor,
+    ) -> None:
+        rows, to, ahead = x.numpy(), out.numpy(), np.empty(0, np.int64)
+        if batch is None:
+            self._timed.time(PRODUCTS, product, rows, weight, bias.numpy(), to, ahead)
+            return
+        pieces = make_pieces(batch.row_adapter.numpy())
+        offsets, a, b = (pages.numpy() for pages in (batch.offsets, batch.a_pages, batch.b_pages))
+        arena, scaling, borders = stored(batch.arena), batch.scaling.numpy(), columns.numpy()
+        if fetches_ahead(rows, weight):
+            width = x.shape[1]
+            ahead = list_pages(pieces, offsets, a, b, arena, entry, borders, width)
+        self._timed.time(PRODUCTS, product, rows, weight, bias.numpy(), to, ahead)
+        self._timed.time(
+            ADAPTERS, add_adapters, rows, to, pieces, offsets, a, b, scaling, arena, entry, borders
+        )
 
     def add_and_norm(
         self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor
@@ -138,24 +161,6 @@ class _Parts(ReferenceKernels):
             out.numpy(),
         )
         return out
-
-    def add_adapters(
-        self, x: Tensor, out: Tensor, batch: AdapterBatch, entry: int, columns: Tensor
-    ) -> None:
-        self._timed.time(
-            ADAPTERS,
-            add_adapters,
-            x.numpy(),
-            out.numpy(),
-            make_pieces(batch.row_adapter.numpy()),
-            batch.offsets.numpy(),
-            batch.a_pages.numpy(),
-            batch.b_pages.numpy(),
-            batch.scaling.numpy(),
-            stored(batch.arena),
-            entry,
-            columns.numpy(),
-        )
 
 
 def _timed(run: Callable[[], Any]) -> float:

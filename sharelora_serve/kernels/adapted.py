@@ -13,6 +13,7 @@ from sharelora_serve.kernels.batch import PAGE_RANK
 from sharelora_serve.kernels.tiles import (
     CACHE_LINE,
     LANES,
+    STRETCH,
     make_product_tile,
     make_shrink_tile,
 )
@@ -27,7 +28,7 @@ _shrink_three = make_shrink_tile(3, 4)
 _shrink_two = make_shrink_tile(2, 4)
 _shrink_one = make_shrink_tile(1, 8)
 _expand_few = make_product_tile(_EXPAND_ROWS, 2, accumulate=True)
-_expand_one = make_product_tile(1, 4, accumulate=True)
+_expand_one = make_product_tile(1, 4, accumulate=True, lanes=8)  # float16 is widened faster so
 _expand_block = make_product_tile(_EXPAND_ROWS, 1, accumulate=True)
 
 
@@ -141,6 +142,65 @@ def _expand_rest(
             for rank in range(PAGE_RANK):
                 factor = to_float(arena[start + rank * width + n])
                 out[to + i, column + n] += hidden[row + i, rank] * factor
+
+
+@numba.njit(nogil=True)
+def list_pages(
+    pieces: Any,
+    offsets: Any,
+    a_pages: Any,
+    b_pages: Any,
+    arena: Any,
+    entry: Any,
+    columns: Any,
+    in_features: Any,
+) -> Any:
+    """Addresses of all the pages that `add_adapters` will read, STRETCH bytes after STRETCH bytes.
+
+    (num_stretches,) int64, in the order of its tasks, so that every thread fetches what it reads.
+    A factor that begins as that of the piece before does is its own, and listed once.
+    """
+    num_modules = columns.shape[0] - 1
+    room = 0
+    for piece in range(pieces.shape[0]):
+        pages = offsets[pieces[piece, 2], entry:]
+        for module in range(num_modules):
+            width = columns[module + 1] - columns[module]
+            each = _num_stretches(in_features, arena) + _num_stretches(width, arena)
+            room += (pages[module + 1] - pages[module]) * each
+    listed = np.empty(room, np.int64)
+    count = 0
+    before = np.zeros((num_modules, 2), np.int32)  # page 0 is nobody's
+    for piece in range(pieces.shape[0]):
+        pages = offsets[pieces[piece, 2], entry:]
+        for module in range(num_modules):
+            first, last = pages[module], pages[module + 1]
+            if first == last:
+                continue
+            if a_pages[first] != before[module, 0]:
+                count = _list(a_pages[first:last], in_features, arena, listed, count)
+            if b_pages[first] != before[module, 1]:
+                width = columns[module + 1] - columns[module]
+                count = _list(b_pages[first:last], width, arena, listed, count)
+            before[module, 0], before[module, 1] = a_pages[first], b_pages[first]
+    return listed[:count]
+
+
+@numba.njit(nogil=True)
+def _num_stretches(width: Any, arena: Any) -> Any:
+    """Of a page so many features wide."""
+    return -(-PAGE_RANK * width * arena.itemsize // STRETCH)
+
+
+@numba.njit(nogil=True)
+def _list(pages: Any, width: Any, arena: Any, listed: Any, count: Any) -> Any:
+    """Write the stretches of pages to listed[count:]; the count with them."""
+    for page in pages:
+        start = arena.ctypes.data + np.int64(page) * PAGE_RANK * width * arena.itemsize
+        for number in range(_num_stretches(width, arena)):
+            listed[count] = start + number * STRETCH
+            count += 1
+    return count
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)

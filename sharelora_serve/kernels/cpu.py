@@ -12,17 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels.adapted import add_adapters, make_pieces
+from sharelora_serve.kernels.adapted import add_adapters, list_pages, make_pieces
 from sharelora_serve.kernels.attention import attend
 from sharelora_serve.kernels.batch import BLOCK_SIZE, AdapterBatch, AttentionBatch
 from sharelora_serve.kernels.elementwise import add_and_norm, silu_and_multiply
 from sharelora_serve.kernels.layers import Buffers, LayerWeights
 from sharelora_serve.kernels.matrix import DEPTH, has_matrix_registers
-from sharelora_serve.kernels.product import embed, pack, product, unpack
+from sharelora_serve.kernels.product import embed, fetches_ahead, pack, product, unpack
 from sharelora_serve.kernels.tiles import LANES
 from sharelora_serve.kernels.vector import has_bfloat16_vectors
 
 _NO_BIAS = np.empty(0, np.float32)
+_NOTHING_AHEAD = np.empty(0, np.int64)
 _NO_ROWS = np.empty(0, np.int32)
 _NO_OFFSETS = np.empty((0, 0), np.int32)
 _NO_SCALING = np.empty(0, np.float32)
@@ -40,6 +41,30 @@ def stored(tensor: Tensor) -> Any:
     if tensor.dtype == torch.bfloat16:
         return tensor.view(torch.int16).numpy()
     return tensor.numpy()
+
+
+@numba.njit(nogil=True, cache=True)
+def adapted_product(
+    x: Any,
+    weight: Any,
+    bias: Any,
+    out: Any,
+    pieces: Any,
+    offsets: Any,
+    a_pages: Any,
+    b_pages: Any,
+    scaling: Any,
+    arena: Any,
+    entry: Any,
+    columns: Any,
+) -> None:
+    """`product`, during which memory brings what `add_adapters` reads, and that."""
+    ahead = np.empty(0, np.int64)
+    if pieces.shape[0] > 0 and fetches_ahead(x, weight):
+        ahead = list_pages(pieces, offsets, a_pages, b_pages, arena, entry, columns, x.shape[1])
+    product(x, weight, bias, out, ahead)
+    if pieces.shape[0] > 0:
+        add_adapters(x, out, pieces, offsets, a_pages, b_pages, scaling, arena, entry, columns)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -86,40 +111,32 @@ def _layers(
     arena: Any,
 ) -> None:
     pieces = make_pieces(row_adapter)
-    has_pieces = pieces.shape[0] > 0
     entry = 0
     for layer in range(windows.shape[0]):
         add_and_norm(x, delta, input_norm[layer], eps, normed)
-        product(normed, w_qkv[layer], qkv_bias[layer], qkv)
-        if has_pieces:
-            add_adapters(
-                normed, qkv, pieces, offsets, a_pages, b_pages, scaling, arena, entry, qkv_columns
-            )
+        adapted_product(
+            normed, w_qkv[layer], qkv_bias[layer], qkv,
+            pieces, offsets, a_pages, b_pages, scaling, arena, entry, qkv_columns,
+        )  # fmt: skip
         attend(
             qkv, q_norm[layer], k_norm[layer], eps, cosine, sine,
             positions, row_sequence, block_tables, tasks, num_threads, windows[layer],
             keys[layer], values[layer], attended,
         )  # fmt: skip
-        product(attended, w_o[layer], o_bias[layer], delta)
-        if has_pieces:
-            add_adapters(
-                attended, delta, pieces, offsets, a_pages, b_pages, scaling, arena,
-                entry + 3, o_columns,
-            )  # fmt: skip
+        adapted_product(
+            attended, w_o[layer], o_bias[layer], delta,
+            pieces, offsets, a_pages, b_pages, scaling, arena, entry + 3, o_columns,
+        )  # fmt: skip
         add_and_norm(x, delta, post_norm[layer], eps, normed)
-        product(normed, w_gate_up[layer], gate_up_bias[layer], gate_up)
-        if has_pieces:
-            add_adapters(
-                normed, gate_up, pieces, offsets, a_pages, b_pages, scaling, arena,
-                entry + 4, gate_up_columns,
-            )  # fmt: skip
+        adapted_product(
+            normed, w_gate_up[layer], gate_up_bias[layer], gate_up,
+            pieces, offsets, a_pages, b_pages, scaling, arena, entry + 4, gate_up_columns,
+        )  # fmt: skip
         silu_and_multiply(gate_up, inner)
-        product(inner, w_down[layer], down_bias[layer], delta)
-        if has_pieces:
-            add_adapters(
-                inner, delta, pieces, offsets, a_pages, b_pages, scaling, arena,
-                entry + 6, down_columns,
-            )  # fmt: skip
+        adapted_product(
+            inner, w_down[layer], down_bias[layer], delta,
+            pieces, offsets, a_pages, b_pages, scaling, arena, entry + 6, down_columns,
+        )  # fmt: skip
         entry += 7
 
 
@@ -164,7 +181,7 @@ class CpuKernels:
 
     def linear(self, x: Tensor, weight: Any, out: Tensor) -> None:
         """out[:, :out_features] = x W^T; `out` is as wide as whole blocks of outputs."""
-        product(x.numpy(), weight, _NO_BIAS, out.numpy())
+        product(x.numpy(), weight, _NO_BIAS, out.numpy(), _NOTHING_AHEAD)
 
     def embed(self, weight: Any, token_ids: Tensor, out: Tensor) -> None:
         """out[t] = row token_ids[t] of a packed weight."""

@@ -33,8 +33,8 @@ _MOST_ROWS = 6
 _FEW_ROWS = 64
 """So many are rounded by one thread: waking the others takes as long."""
 
-_strip_tile = make_product_tile(_TALL, _STRIP, accumulate=False)
-_fetching_tile = make_product_tile(_TALL, _STRIP, accumulate=False, fetches=True)
+_strip_tile = make_product_tile(_TALL, _STRIP, accumulate=False, has_list=True)
+_fetching_tile = make_product_tile(_TALL, _STRIP, accumulate=False, fetches=True, has_list=True)
 _one_row_tile = make_product_tile(1, _ONE_ROW_WIDE, accumulate=False)
 _block_tile = make_product_tile(_MOST_ROWS, 1, accumulate=False)
 _adding_tile = make_product_tile(_MOST_ROWS, 1, accumulate=True)
@@ -55,23 +55,32 @@ def _place(weight: Any, block: Any) -> Any:
 
 
 @numba.njit(nogil=True)
-def _strip_product(x: Any, weight: Any, block: Any, out: Any) -> None:
+def _strip_product(x: Any, weight: Any, block: Any, out: Any, ahead: Any) -> None:
     """All rows of x times the strip that begins with this block.
 
-    In tiles of about as many rows each, since low ones wait for their sums.
+    In tiles of about as many rows each, since low ones wait for their sums. Every tile of the
+    product fetches its share of what lies ahead.
     """
     rows, depth = x.shape[0], weight.shape[1]
     start, stride, column = block * depth * LANES, _STRIP * LANES, block * LANES
     tiles = -(-rows // _TALL)
-    row = 0
+    share, shares = block // _STRIP * tiles, -(-weight.shape[0] // _STRIP) * tiles
+    row, first = 0, ahead.shape[0] * share // shares
     for tile in range(tiles):
         count = rows * (tile + 1) // tiles - row
+        last = ahead.shape[0] * (share + tile + 1) // shares
         # The first waits for memory, the further ones fetch what the next strip's first will read.
         if tile == 0:
-            _strip_tile(x, row, count, 0, weight, start, stride, LANES, depth, out, row, column)
+            _strip_tile(
+                x, row, count, 0, weight, start, stride, LANES, depth, out, row, column,
+                ahead, first, last,
+            )  # fmt: skip
         else:
-            _fetching_tile(x, row, count, 0, weight, start, stride, LANES, depth, out, row, column)
-        row += count
+            _fetching_tile(
+                x, row, count, 0, weight, start, stride, LANES, depth, out, row, column,
+                ahead, first, last,
+            )  # fmt: skip
+        row, first = row + count, last
 
 
 @numba.njit(nogil=True)
@@ -169,7 +178,7 @@ def _matrix_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
 
 
 @numba.njit(parallel=True, nogil=True)
-def _vector_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
+def _vector_product(x: Any, weight: Any, bias: Any, out: Any, ahead: Any) -> None:
     if x.shape[0] == 1:
         _one_row(x, weight, bias, out)
         return
@@ -177,31 +186,39 @@ def _vector_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     for strip in numba.prange(-(-blocks // _STRIP)):
         block = strip * _STRIP
         if block + _STRIP <= blocks:
-            _strip_product(x, weight, block, out)
+            _strip_product(x, weight, block, out, ahead)
         else:
             _last_blocks(x, weight, block, out)
         _add_bias(bias, out, block * LANES, (block + _STRIP) * LANES)
 
 
 @numba.njit(nogil=True, cache=True)
-def product(x: Any, weight: Any, bias: Any, out: Any) -> None:
+def product(x: Any, weight: Any, bias: Any, out: Any, ahead: Any) -> None:
     """out[t, n] = bias[n] + sum over k of x[t, k] W[n, k], all columns of `out`, padding included.
 
     x       (num_tokens, in_features)                  float32
     weight  packed, as stored
     bias    (out_features,)                            float32; empty for none
     out     (num_tokens, ceil(out / LANES) * LANES)    float32
+    ahead   (num_stretches,)                           int64, addresses of what is read afterwards
 
-    Where two inputs of a weight stand side by side, x is rounded to bfloat16 as the weight is.
+    What lies ahead is brought nearer meanwhile, where `fetches_ahead` says so. Where two inputs of
+    a weight stand side by side, x is rounded to bfloat16 as the weight is.
     """
     if weight.ndim == 5:
         _matrix_product(_rounded(x), weight, bias, out)
     elif weight.ndim == 4:
         blocks, depth = weight.shape[0], weight.shape[1]
         pairs = weight.reshape(blocks, depth, 2 * LANES).view(np.int32)
-        _vector_product(_rounded(x).view(np.int32), pairs, bias, out)
+        _vector_product(_rounded(x).view(np.int32), pairs, bias, out, ahead)
     else:
-        _vector_product(x, weight, bias, out)
+        _vector_product(x, weight, bias, out, ahead)
+
+
+@numba.njit(nogil=True)
+def fetches_ahead(x: Any, weight: Any) -> Any:
+    """Whether a product is bound by arithmetic, and memory can bring what is read afterwards."""
+    return x.shape[0] > 1 and weight.ndim < 5
 
 
 @numba.njit(nogil=True)

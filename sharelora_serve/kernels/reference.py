@@ -208,6 +208,23 @@ class ReferenceKernels:
                 answer = (x[rows] @ a.T * scaling) @ b
                 out[rows, column : column + features] += answer
 
+    def adapted_linear(
+        self,
+        x: Tensor,
+        weight: Any,
+        bias: Tensor,
+        out: Tensor,
+        batch: AdapterBatch | None,
+        entry: int,
+        columns: Tensor,
+    ) -> None:
+        """`linear`, plus a bias unless it is empty, plus what adapters add."""
+        self.linear(x, weight, out)
+        if len(bias):
+            out[:, : len(bias)] += bias
+        if batch is not None:
+            self.add_adapters(x, out, batch, entry, columns)
+
     def layers(
         self,
         buffers: Buffers,
@@ -220,18 +237,13 @@ class ReferenceKernels:
         b, w = buffers, weights
         places = self.locate(attention, w.cosine, w.sine)
 
-        def product(x: Tensor, weight: Any, bias: Tensor, out: Tensor, columns: Tensor) -> None:
-            self.linear(x, weight, out)
-            if len(bias):
-                out[:, : len(bias)] += bias
-            if adapters is not None:
-                self.add_adapters(x, out, adapters, entry, columns)
-
         keys, values = kv_cache
         entry = 0
         for layer, window in enumerate(w.windows.tolist()):
             self.add_and_norm(b.x, b.delta, w.input_norm[layer], w.norm_eps, b.normed)
-            product(b.normed, w.qkv[layer], w.qkv_bias[layer], b.qkv, w.qkv_columns)
+            self.adapted_linear(
+                b.normed, w.qkv[layer], w.qkv_bias[layer], b.qkv, adapters, entry, w.qkv_columns
+            )
             entry += 3
             attended = self.attend(
                 b.qkv,
@@ -244,13 +256,25 @@ class ReferenceKernels:
                 values[layer],
                 b.attended,
             )
-            product(attended, w.o[layer], w.o_bias[layer], b.delta, w.o_columns)
+            self.adapted_linear(
+                attended, w.o[layer], w.o_bias[layer], b.delta, adapters, entry, w.o_columns
+            )
             entry += 1
             self.add_and_norm(b.x, b.delta, w.post_norm[layer], w.norm_eps, b.normed)
-            product(b.normed, w.gate_up[layer], w.gate_up_bias[layer], b.gate_up, w.gate_up_columns)
+            self.adapted_linear(
+                b.normed,
+                w.gate_up[layer],
+                w.gate_up_bias[layer],
+                b.gate_up,
+                adapters,
+                entry,
+                w.gate_up_columns,
+            )
             entry += 2
             self.silu_and_multiply(b.gate_up, b.inner)
-            product(b.inner, w.down[layer], w.down_bias[layer], b.delta, w.down_columns)
+            self.adapted_linear(
+                b.inner, w.down[layer], w.down_bias[layer], b.delta, adapters, entry, w.down_columns
+            )
             entry += 1
 
 

@@ -20,13 +20,22 @@ LANES = 16
 CACHE_LINE = 64
 """Bytes that memory is read by."""
 
+STRETCH = 1024
+"""Bytes of one entry of a list of what to bring nearer."""
+
 _DOT_LANES = 8  # of a vector in dot products: one register of AVX2
 TO_FIRST_LEVEL, TO_SECOND_LEVEL = 3, 2  # of the caches, as LLVM calls them
 _FETCHES = 2  # cache lines per step of a dot product: more would wait for each other
 
 
 def make_product_tile(
-    max_rows: int, num_blocks: int, *, accumulate: bool, fetches: bool = False
+    max_rows: int,
+    num_blocks: int,
+    *,
+    accumulate: bool,
+    fetches: bool = False,
+    has_list: bool = False,
+    lanes: int = LANES,
 ) -> Any:
     """An intrinsic for up to `max_rows` rows times a few blocks of outputs.
 
@@ -42,7 +51,9 @@ def make_product_tile(
 
     A pair, which numba sees as int32, times another is the sum of both products. When the tile
     `fetches`, it brings as much weight nearer as it reads, from the end of its own on: arithmetic
-    hides memory.
+    hides memory. When it `has_list` it takes (..., listed, first, last) too, and brings nearer what
+    lies at the addresses listed[first:last], STRETCH bytes each, or as much of it as `depth` lines
+    of the cache are. `lanes` are those of a vector: a block is computed in one or more.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -55,45 +66,50 @@ def make_product_tile(
     def emit_rows(
         context: Any, builder: Any, signature: Any, arguments: Any, num_rows: int
     ) -> None:
-        _, row_at, _, column_at, _, start, stride, apart, depth, _, out_row, out_column = arguments
+        _, row_at, _, column_at, _, *numbers, _, out_row, out_column = arguments[:12]
+        start, stride, apart, depth = numbers
         source, packed, target = (
             array(context, builder, signature, arguments, at) for at in (0, 4, 9)
         )
         word = depth.type
         rows = _rows(builder, source, num_rows, row_at, column_at)
         blocks = [
-            builder.gep(packed.data, [builder.add(start, builder.mul(apart, word(j)))])
+            element(builder, packed.data, apart, word(j), builder.add(start, word(part)))
             for j in range(num_blocks)
+            for part in range(0, LANES, lanes)
         ]
         outputs = _rows(builder, target, num_rows, out_row, out_column)
-        vector, lane = ir.VectorType(FLOAT, LANES), ir.IntType(32)
+        vector, lane = ir.VectorType(FLOAT, lanes), ir.IntType(32)
         targets = [
-            builder.bitcast(builder.gep(row, [word(j * LANES)]), vector.as_pointer())
+            builder.bitcast(builder.gep(row, [word(j * lanes)]), vector.as_pointer())
             for row in outputs
-            for j in range(num_blocks)
+            for j in range(len(blocks))
         ]
         # LLVM keeps these in registers: nothing else takes their address.
         sums = [cgutils.alloca_once(builder, vector) for _ in targets]
-        zero = ir.Constant(vector, [0.0] * LANES)
+        zero = ir.Constant(vector, [0.0] * lanes)
         for target, place in zip(targets, sums, strict=True):
             begin = builder.load(target, align=4) if accumulate else zero
             builder.store(begin, place)
-        everywhere = ir.Constant(ir.VectorType(lane, LANES), [0] * LANES)
-        undefined = ir.Constant(ir.VectorType(source.data.type.pointee, LANES), ir.Undefined)
-        numbers = signature.args[4].dtype
-        fetched = CACHE_LINE // (LANES * numbers.bitwidth // 8)  # blocks
+        everywhere = ir.Constant(ir.VectorType(lane, lanes), [0] * lanes)
+        undefined = ir.Constant(ir.VectorType(source.data.type.pointee, lanes), ir.Undefined)
+        dtype = signature.args[4].dtype
+        fetched = CACHE_LINE // (LANES * dtype.bitwidth // 8)  # blocks
         end = builder.mul(depth, stride)
         with cgutils.for_range(builder, depth) as loop:
             at = builder.mul(loop.index, stride)
-            columns = [_load(builder, builder.gep(block, [at]), numbers, LANES) for block in blocks]
+            columns = [_load(builder, builder.gep(block, [at]), dtype, lanes) for block in blocks]
             for i, row in enumerate(rows):
                 scalar = builder.load(builder.gep(row, [loop.index]))
                 first = builder.insert_element(undefined, scalar, lane(0))
                 spread = builder.shuffle_vector(first, undefined, everywhere)
                 for j, column in enumerate(columns):
-                    place = sums[i * num_blocks + j]
+                    place = sums[i * len(blocks) + j]
                     total = multiply_add(builder, spread, column, builder.load(place))
                     builder.store(total, place)
+            if has_list:
+                listed = array(context, builder, signature, arguments, 12)
+                _fetch_listed(builder, loop.index, listed.data, *arguments[13:])
             if fetches:
                 for block in blocks[::fetched]:
                     fetch(builder, builder.gep(block, [builder.add(at, end)]), TO_SECOND_LEVEL)
@@ -116,11 +132,35 @@ def make_product_tile(
         out_row: Any,
         out_column: Any,
     ) -> Any:
-        index = types.intp
-        product = (x, *[index] * 3, weight, *[index] * 4, out, index, index)
-        return types.void(*product), emit
+        return types.void(*operands(x, weight, out)), emit
 
-    return tile
+    @intrinsic
+    def listing_tile(
+        typingctx: Any,
+        x: Any,
+        x_row: Any,
+        rows: Any,
+        x_column: Any,
+        weight: Any,
+        start: Any,
+        stride: Any,
+        apart: Any,
+        depth: Any,
+        out: Any,
+        out_row: Any,
+        out_column: Any,
+        listed: Any,
+        first: Any,
+        last: Any,
+    ) -> Any:
+        more = (listed, types.intp, types.intp)
+        return types.void(*operands(x, weight, out), *more), emit
+
+    def operands(x: Any, weight: Any, out: Any) -> tuple[Any, ...]:
+        index = types.intp
+        return (x, *[index] * 3, weight, *[index] * 4, out, index, index)
+
+    return listing_tile if has_list else tile
 
 
 def make_shrink_tile(num_rows: int, num_ranks: int) -> Any:
@@ -255,6 +295,17 @@ def fetch_lines(typingctx: Any, numbers: Any, start: Any, count: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(numbers, types.intp, types.intp), emit
+
+
+def _fetch_listed(builder: Any, step: Any, addresses: Any, first: Any, last: Any) -> None:
+    """In step number `step` of a loop, fetch that line of what addresses[first:last] list."""
+    lines = STRETCH // CACHE_LINE
+    at = builder.add(first, builder.udiv(step, step.type(lines)))
+    with builder.if_then(builder.icmp_signed("<", at, last)):
+        byte = builder.mul(builder.urem(step, step.type(lines)), step.type(CACHE_LINE))
+        address = builder.add(builder.load(builder.gep(addresses, [at])), byte)
+        pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
+        fetch(builder, pointer, TO_SECOND_LEVEL)
 
 
 def fetch(builder: Any, pointer: Any, level: int) -> None:

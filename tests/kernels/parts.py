@@ -8,7 +8,7 @@ from torch import Tensor
 
 from sharelora_serve.kernels import adapted, attention, elementwise, product
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
-from sharelora_serve.kernels.cpu import CpuKernels, stored
+from sharelora_serve.kernels.cpu import CpuKernels, adapted_product, stored
 from sharelora_serve.kernels.interface import Kernels
 from sharelora_serve.kernels.reference import ReferenceKernels
 
@@ -95,8 +95,7 @@ class ReferenceParts:
         entry: int,
         columns: Tensor,
     ) -> None:
-        self.linear(x, weight, bias, out)
-        self.kernels.add_adapters(x, out, batch, entry, columns)
+        self.kernels.adapted_linear(x, weight, bias, out, batch, entry, columns)
 
 
 class CpuParts:
@@ -106,7 +105,8 @@ class CpuParts:
         self.kernels = CpuKernels()
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor, out: Tensor) -> None:
-        product.product(x.numpy(), weight, bias.numpy(), out.numpy())
+        nothing_ahead = np.empty(0, np.int64)
+        product.product(x.numpy(), weight, bias.numpy(), out.numpy(), nothing_ahead)
 
     def adapted_linear(
         self,
@@ -118,9 +118,10 @@ class CpuParts:
         entry: int,
         columns: Tensor,
     ) -> None:
-        self.linear(x, weight, bias, out)
-        adapted.add_adapters(
+        adapted_product(
             x.numpy(),
+            weight,
+            bias.numpy(),
             out.numpy(),
             adapted.make_pieces(batch.row_adapter.numpy()),
             batch.offsets.numpy(),
