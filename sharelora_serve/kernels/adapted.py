@@ -158,7 +158,7 @@ def list_pages(
     """Addresses of all the pages that `add_adapters` will read, STRETCH bytes after STRETCH bytes.
 
     (num_stretches,) int64, in the order of its tasks, so that every thread fetches what it reads.
-    A factor that begins as that of the piece before does is its own, and listed once.
+    A factor that two pieces in turn have in common is listed once.
     """
     num_modules = columns.shape[0] - 1
     room = 0

@@ -7,7 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels.tiles import LANES
+from sharelora_serve.kernels.adapted import list_pages, make_pieces
+from sharelora_serve.kernels.batch import PAGE_RANK
+from sharelora_serve.kernels.cpu import stored
+from sharelora_serve.kernels.tiles import LANES, STRETCH
 from tests.kernels.batches import (
     FUSED,
     LAYOUTS,
@@ -19,6 +22,7 @@ from tests.kernels.batches import (
     same_bits,
     small_integers,
 )
+from tests.kernels.page_tables import ENTRY, SHARING, draw_case
 from tests.kernels.parts import PARTS, Parts, packed
 
 NO_BIAS = torch.empty(0)
@@ -177,3 +181,30 @@ def test_row_that_overflows_leaves_those_of_other_adapters_as_they_are(
     after = linear(PARTS["cpu"], tenants, x, weight, owners, tenants.place(0, "qkv"))
     others = torch.arange(20) != 7
     assert same_bits(before[others], after[others])
+
+
+@pytest.mark.parametrize("sharing", SHARING)
+@pytest.mark.parametrize("dtype", POOL_DTYPES)
+def test_what_is_listed_for_memory_to_bring_is_all_pages_of_a_batch_and_nothing_else(
+    sharing: str, dtype: torch.dtype, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    owners = sorted(torch.randint(0, 5, (23,), generator=generator).tolist())
+    case = draw_case(owners, 40, (24, 64, 136), generator, sharing=sharing, arena_dtype=dtype)
+    batch, arena = case.batch, stored(case.batch.arena)
+    pages = (batch.offsets.numpy(), batch.a_pages.numpy(), batch.b_pages.numpy())
+    pieces, columns = make_pieces(batch.row_adapter.numpy()), torch.tensor(case.columns).numpy()
+    listed = list_pages(pieces, *pages, arena, ENTRY, columns, 40) - arena.ctypes.data
+    read, starts = set[int](), set[int]()
+    for owner in set(owners) - {0}:
+        for module, (begin, end) in enumerate(pairwise(case.columns)):
+            first, last = batch.offsets[owner, ENTRY + module :][:2].tolist()
+            for factor, width in ((batch.a_pages, 40), (batch.b_pages, end - begin)):
+                size = PAGE_RANK * width * arena.itemsize
+                for page in factor[first:last].tolist():
+                    read |= set(range(page * size, (page + 1) * size))
+                    starts |= set(range(page * size, (page + 1) * size, STRETCH))
+    assert set(listed) == starts
+    assert read <= {byte for start in listed for byte in range(start, start + STRETCH)}
+    if sharing in ("nothing", "adapters"):  # the pieces of each stand together
+        assert len(listed) == len(starts)
