@@ -179,6 +179,8 @@ def _matrix_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
 
 @numba.njit(parallel=True, nogil=True)
 def _vector_product(x: Any, weight: Any, bias: Any, out: Any, ahead: Any) -> None:
+    if x.shape[0] == 0:  # nobody samples in this step
+        return
     if x.shape[0] == 1:
         _one_row(x, weight, bias, out)
         return
