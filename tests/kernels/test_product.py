@@ -163,3 +163,10 @@ def test_a_weight_comes_back_bit_for_bit_from_its_packed_form(
         unpacked = parts.kernels.unpack(packed(parts, weight), shape[0], dtype)
         assert unpacked.dtype == dtype
         assert torch.equal(unpacked.contiguous().view(torch.uint8), weight.view(torch.uint8))
+
+
+@pytest.mark.parametrize("parts", PARTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_a_product_of_no_rows_is_nothing(parts: str, dtype: torch.dtype) -> None:
+    stored = packed(PARTS[parts], torch.ones(80, 32, dtype=dtype))
+    PARTS[parts].linear(torch.empty(0, 32), stored, torch.empty(0), torch.empty(0, 80))
