@@ -9,13 +9,13 @@ import numba
 import numpy as np
 from torch import Tensor
 
-from sharelora_serve.kernels.adapted import add_adapters, list_pages, make_pieces
+from sharelora_serve.kernels.adapted import add_adapters, list_pages
 from sharelora_serve.kernels.attention import attend
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
-from sharelora_serve.kernels.cpu import CpuKernels, stored
+from sharelora_serve.kernels.cpu import CpuKernels, pages_of
 from sharelora_serve.kernels.elementwise import silu_and_multiply
 from sharelora_serve.kernels.layers import Buffers, LayerWeights
-from sharelora_serve.kernels.product import fetches_ahead, product
+from sharelora_serve.kernels.product import NOTHING_AHEAD, fetches_ahead, product
 from sharelora_serve.kernels.reference import Places, ReferenceKernels
 
 PRODUCTS, ADAPTERS, ATTENTION, ELEMENTWISE = "products", "adapters", "attention", "elementwise"
@@ -101,20 +101,13 @@ class _Parts(ReferenceKernels):
         entry: int,
         columns: Tensor,
     ) -> None:
-        rows, to, ahead = x.numpy(), out.numpy(), np.empty(0, np.int64)
-        if batch is None:
-            self._timed.time(PRODUCTS, product, rows, weight, bias.numpy(), to, ahead)
-            return
-        pieces = make_pieces(batch.row_adapter.numpy())
-        offsets, a, b = (pages.numpy() for pages in (batch.offsets, batch.a_pages, batch.b_pages))
-        arena, scaling, borders = stored(batch.arena), batch.scaling.numpy(), columns.numpy()
-        if fetches_ahead(rows, weight):
-            width = x.shape[1]
-            ahead = list_pages(pieces, offsets, a, b, arena, entry, borders, width)
+        rows, to, ahead, borders = x.numpy(), out.numpy(), NOTHING_AHEAD, columns.numpy()
+        pages = None if batch is None else pages_of(batch)
+        if pages is not None and fetches_ahead(rows, weight):
+            ahead = list_pages(pages, entry, borders, x.shape[1])
         self._timed.time(PRODUCTS, product, rows, weight, bias.numpy(), to, ahead)
-        self._timed.time(
-            ADAPTERS, add_adapters, rows, to, pieces, offsets, a, b, scaling, arena, entry, borders
-        )
+        if pages is not None:
+            self._timed.time(ADAPTERS, add_adapters, rows, to, pages, entry, borders)
 
     def add_and_norm(
         self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor

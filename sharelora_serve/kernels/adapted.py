@@ -4,7 +4,7 @@ Rows of one adapter that stand together are cut into pieces, each shrunk and exp
 B, the bulk of what is read, then streams through the cache page by page.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import numba
 import numpy as np
@@ -32,7 +32,22 @@ _expand_one = make_product_tile(1, 4, accumulate=True, lanes=8)  # float16 is wi
 _expand_block = make_product_tile(_EXPAND_ROWS, 1, accumulate=True)
 
 
-@numba.njit(nogil=True)
+class Pages(NamedTuple):
+    """The rank pages of a batch as the compiled kernels take them.
+
+    pieces  (num_pieces, 3), as make_pieces gives them
+    The rest is as in AdapterBatch.
+    """
+
+    pieces: Any
+    offsets: Any
+    a_pages: Any
+    b_pages: Any
+    scaling: Any
+    arena: Any
+
+
+@numba.njit(nogil=True, cache=True)
 def make_pieces(row_adapter: Any) -> Any:
     """(num_pieces, 3) of first row, number of rows, adapter; rows without one are in none."""
     rows = row_adapter.shape[0]
@@ -104,14 +119,14 @@ def _expand(
             while width - at >= 4 * LANES:
                 _expand_one(
                     hidden, row, 1, 0, arena, start + at, width, LANES, PAGE_RANK,
-                    out, to, column + at,
+                    out, to, column + at, (),
                 )  # fmt: skip
                 at += 4 * LANES
         else:
             while width - at >= 2 * LANES:
                 _expand_few(
                     hidden, row, rows, 0, arena, start + at, width, LANES, PAGE_RANK,
-                    out, to, column + at,
+                    out, to, column + at, (),
                 )  # fmt: skip
                 at += 2 * LANES
         _expand_rest(hidden, row, rows, arena, start, at, width, out, to, column)
@@ -134,7 +149,7 @@ def _expand_rest(
     """out[to:to + rows, column + at:column + width] += hidden[row:] times the rest of a page."""
     while width - at >= LANES:
         _expand_block(
-            hidden, row, rows, 0, arena, start + at, width, 0, PAGE_RANK, out, to, column + at
+            hidden, row, rows, 0, arena, start + at, width, 0, PAGE_RANK, out, to, column + at, ()
         )
         at += LANES
     for i in range(rows):
@@ -145,44 +160,36 @@ def _expand_rest(
 
 
 @numba.njit(nogil=True)
-def list_pages(
-    pieces: Any,
-    offsets: Any,
-    a_pages: Any,
-    b_pages: Any,
-    arena: Any,
-    entry: Any,
-    columns: Any,
-    in_features: Any,
-) -> Any:
+def list_pages(pages: Any, entry: Any, columns: Any, in_features: Any) -> Any:
     """Addresses of all the pages that `add_adapters` will read, STRETCH bytes after STRETCH bytes.
 
     (num_stretches,) int64, in the order of its tasks, so that every thread fetches what it reads.
     A factor that two pieces in turn have in common is listed once.
     """
+    pieces, arena = pages.pieces, pages.arena
     num_modules = columns.shape[0] - 1
     room = 0
     for piece in range(pieces.shape[0]):
-        pages = offsets[pieces[piece, 2], entry:]
+        offsets = pages.offsets[pieces[piece, 2], entry:]
         for module in range(num_modules):
             width = columns[module + 1] - columns[module]
             each = _num_stretches(in_features, arena) + _num_stretches(width, arena)
-            room += (pages[module + 1] - pages[module]) * each
+            room += (offsets[module + 1] - offsets[module]) * each
     listed = np.empty(room, np.int64)
     count = 0
     before = np.zeros((num_modules, 2), np.int32)  # page 0 is nobody's
     for piece in range(pieces.shape[0]):
-        pages = offsets[pieces[piece, 2], entry:]
+        offsets = pages.offsets[pieces[piece, 2], entry:]
         for module in range(num_modules):
-            first, last = pages[module], pages[module + 1]
+            first, last = offsets[module], offsets[module + 1]
             if first == last:
                 continue
-            if a_pages[first] != before[module, 0]:
-                count = _list(a_pages[first:last], in_features, arena, listed, count)
-            if b_pages[first] != before[module, 1]:
-                width = columns[module + 1] - columns[module]
-                count = _list(b_pages[first:last], width, arena, listed, count)
-            before[module, 0], before[module, 1] = a_pages[first], b_pages[first]
+            a, b = pages.a_pages[first:last], pages.b_pages[first:last]
+            if a[0] != before[module, 0]:
+                count = _list(a, in_features, arena, listed, count)
+            if b[0] != before[module, 1]:
+                count = _list(b, columns[module + 1] - columns[module], arena, listed, count)
+            before[module, 0], before[module, 1] = a[0], b[0]
     return listed[:count]
 
 
@@ -193,9 +200,9 @@ def _num_stretches(width: Any, arena: Any) -> Any:
 
 
 @numba.njit(nogil=True)
-def _list(pages: Any, width: Any, arena: Any, listed: Any, count: Any) -> Any:
-    """Write the stretches of pages to listed[count:]; the count with them."""
-    for page in pages:
+def _list(page_ids: Any, width: Any, arena: Any, listed: Any, count: Any) -> Any:
+    """Write the stretches of these pages to listed[count:]; the count with them."""
+    for page in page_ids:
         start = arena.ctypes.data + np.int64(page) * PAGE_RANK * width * arena.itemsize
         for number in range(_num_stretches(width, arena)):
             listed[count] = start + number * STRETCH
@@ -207,22 +214,17 @@ def _list(pages: Any, width: Any, arena: Any, listed: Any, count: Any) -> Any:
 def add_adapters(
     x: Any,
     out: Any,
-    pieces: Any,
-    offsets: Any,
-    a_pages: Any,
-    b_pages: Any,
-    scaling: Any,
-    arena: Any,
+    pages: Any,
     entry: Any,
     columns: Any,
 ) -> None:
     """out[t, module] += scaling * B A x[t] for the rows of each piece.
 
-    pieces   as make_pieces gives them
+    pages    what a batch's rows read, as Pages
     entry    of the page table, of the first module whose outputs stand in `out`
     columns  (num_modules + 1,) int64, where each module's outputs begin, and the end
-    The rest is as in AdapterBatch.
     """
+    pieces, offsets, arena = pages.pieces, pages.offsets, pages.arena
     num_modules = columns.shape[0] - 1
     for task in numba.prange(pieces.shape[0] * num_modules):
         piece, module = task // num_modules, task % num_modules
@@ -231,7 +233,7 @@ def add_adapters(
         lines = PAGE_RANK * width * arena.itemsize // CACHE_LINE
         hidden = np.empty((count, PAGE_RANK), np.float32)
         for p in range(offsets[adapter, entry + module], offsets[adapter, entry + module + 1]):
-            a, b = np.int64(a_pages[p]), np.int64(b_pages[p])
+            a, b = np.int64(pages.a_pages[p]), np.int64(pages.b_pages[p])
             ahead = b * PAGE_RANK * width
-            _shrink(x, first, count, a, scaling[p], arena, hidden, ahead, lines)
+            _shrink(x, first, count, a, pages.scaling[p], arena, hidden, ahead, lines)
             _expand(hidden, first, count, b, arena, width, out, column)

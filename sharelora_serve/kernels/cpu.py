@@ -12,18 +12,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels.adapted import add_adapters, list_pages, make_pieces
+from sharelora_serve.kernels.adapted import Pages, add_adapters, list_pages, make_pieces
 from sharelora_serve.kernels.attention import attend
 from sharelora_serve.kernels.batch import BLOCK_SIZE, AdapterBatch, AttentionBatch
 from sharelora_serve.kernels.elementwise import add_and_norm, silu_and_multiply
 from sharelora_serve.kernels.layers import Buffers, LayerWeights
 from sharelora_serve.kernels.matrix import DEPTH, has_matrix_registers
-from sharelora_serve.kernels.product import embed, fetches_ahead, pack, product, unpack
+from sharelora_serve.kernels.product import (
+    NOTHING_AHEAD,
+    embed,
+    fetches_ahead,
+    pack,
+    product,
+    unpack,
+)
 from sharelora_serve.kernels.tiles import LANES
 from sharelora_serve.kernels.vector import has_bfloat16_vectors
 
 _NO_BIAS = np.empty(0, np.float32)
-_NOTHING_AHEAD = np.empty(0, np.int64)
+_NO_PIECES = np.empty((0, 3), np.int64)
 _NO_ROWS = np.empty(0, np.int32)
 _NO_OFFSETS = np.empty((0, 0), np.int32)
 _NO_SCALING = np.empty(0, np.float32)
@@ -43,28 +50,35 @@ def stored(tensor: Tensor) -> Any:
     return tensor.numpy()
 
 
+def pages_of(batch: AdapterBatch) -> Pages:
+    """What the compiled kernels read of a batch's adapters."""
+    return Pages(
+        make_pieces(batch.row_adapter.numpy()),
+        batch.offsets.numpy(),
+        batch.a_pages.numpy(),
+        batch.b_pages.numpy(),
+        batch.scaling.numpy(),
+        stored(batch.arena),
+    )
+
+
 @numba.njit(nogil=True, cache=True)
 def adapted_product(
     x: Any,
     weight: Any,
     bias: Any,
     out: Any,
-    pieces: Any,
-    offsets: Any,
-    a_pages: Any,
-    b_pages: Any,
-    scaling: Any,
-    arena: Any,
+    pages: Any,
     entry: Any,
     columns: Any,
 ) -> None:
     """`product`, during which memory brings what `add_adapters` reads, and that."""
     ahead = np.empty(0, np.int64)
-    if pieces.shape[0] > 0 and fetches_ahead(x, weight):
-        ahead = list_pages(pieces, offsets, a_pages, b_pages, arena, entry, columns, x.shape[1])
+    if pages.pieces.shape[0] > 0 and fetches_ahead(x, weight):
+        ahead = list_pages(pages, entry, columns, x.shape[1])
     product(x, weight, bias, out, ahead)
-    if pieces.shape[0] > 0:
-        add_adapters(x, out, pieces, offsets, a_pages, b_pages, scaling, arena, entry, columns)
+    if pages.pieces.shape[0] > 0:
+        add_adapters(x, out, pages, entry, columns)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -103,40 +117,32 @@ def _layers(
     block_tables: Any,
     tasks: Any,
     num_threads: Any,
-    row_adapter: Any,
-    offsets: Any,
-    a_pages: Any,
-    b_pages: Any,
-    scaling: Any,
-    arena: Any,
+    pages: Any,
 ) -> None:
-    pieces = make_pieces(row_adapter)
     entry = 0
     for layer in range(windows.shape[0]):
         add_and_norm(x, delta, input_norm[layer], eps, normed)
-        adapted_product(
-            normed, w_qkv[layer], qkv_bias[layer], qkv,
-            pieces, offsets, a_pages, b_pages, scaling, arena, entry, qkv_columns,
-        )  # fmt: skip
+        adapted_product(normed, w_qkv[layer], qkv_bias[layer], qkv, pages, entry, qkv_columns)
         attend(
             qkv, q_norm[layer], k_norm[layer], eps, cosine, sine,
             positions, row_sequence, block_tables, tasks, num_threads, windows[layer],
             keys[layer], values[layer], attended,
         )  # fmt: skip
-        adapted_product(
-            attended, w_o[layer], o_bias[layer], delta,
-            pieces, offsets, a_pages, b_pages, scaling, arena, entry + 3, o_columns,
-        )  # fmt: skip
+        adapted_product(attended, w_o[layer], o_bias[layer], delta, pages, entry + 3, o_columns)
         add_and_norm(x, delta, post_norm[layer], eps, normed)
         adapted_product(
-            normed, w_gate_up[layer], gate_up_bias[layer], gate_up,
-            pieces, offsets, a_pages, b_pages, scaling, arena, entry + 4, gate_up_columns,
-        )  # fmt: skip
+            normed,
+            w_gate_up[layer],
+            gate_up_bias[layer],
+            gate_up,
+            pages,
+            entry + 4,
+            gate_up_columns,
+        )
         silu_and_multiply(gate_up, inner)
         adapted_product(
-            inner, w_down[layer], down_bias[layer], delta,
-            pieces, offsets, a_pages, b_pages, scaling, arena, entry + 6, down_columns,
-        )  # fmt: skip
+            inner, w_down[layer], down_bias[layer], delta, pages, entry + 6, down_columns
+        )
         entry += 7
 
 
@@ -181,7 +187,7 @@ class CpuKernels:
 
     def linear(self, x: Tensor, weight: Any, out: Tensor) -> None:
         """out[:, :out_features] = x W^T; `out` is as wide as whole blocks of outputs."""
-        product(x.numpy(), weight, _NO_BIAS, out.numpy(), _NOTHING_AHEAD)
+        product(x.numpy(), weight, _NO_BIAS, out.numpy(), NOTHING_AHEAD)
 
     def embed(self, weight: Any, token_ids: Tensor, out: Tensor) -> None:
         """out[t] = row token_ids[t] of a packed weight."""
@@ -230,17 +236,10 @@ class CpuKernels:
         if adapters is None:
             # Of the pool's type, so that the same compiled function serves.
             no_arena = np.empty(0, self._factors or w.qkv.dtype)
-            pages = (_NO_ROWS, _NO_OFFSETS, _NO_ROWS, _NO_ROWS, _NO_SCALING, no_arena)
+            pages = Pages(_NO_PIECES, _NO_OFFSETS, _NO_ROWS, _NO_ROWS, _NO_SCALING, no_arena)
         else:
             self._factors = stored(adapters.arena).dtype
-            pages = (
-                adapters.row_adapter.numpy(),
-                adapters.offsets.numpy(),
-                adapters.a_pages.numpy(),
-                adapters.b_pages.numpy(),
-                adapters.scaling.numpy(),
-                stored(adapters.arena),
-            )
+            pages = pages_of(adapters)
         _layers(
             b.x.numpy(),
             b.delta.numpy(),
@@ -275,5 +274,5 @@ class CpuKernels:
             attention.block_tables.numpy(),
             attention.tasks.numpy(),
             numba.get_num_threads(),
-            *pages,
+            pages,
         )

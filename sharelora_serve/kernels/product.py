@@ -33,8 +33,11 @@ _MOST_ROWS = 6
 _FEW_ROWS = 64
 """So many are rounded by one thread: waking the others takes as long."""
 
-_strip_tile = make_product_tile(_TALL, _STRIP, accumulate=False, has_list=True)
-_fetching_tile = make_product_tile(_TALL, _STRIP, accumulate=False, fetches=True, has_list=True)
+NOTHING_AHEAD = np.empty(0, np.int64)
+"""For `product`: nothing of which memory is told."""
+
+_strip_tile = make_product_tile(_TALL, _STRIP, accumulate=False)
+_fetching_tile = make_product_tile(_TALL, _STRIP, accumulate=False, fetches=True)
 _one_row_tile = make_product_tile(1, _ONE_ROW_WIDE, accumulate=False)
 _block_tile = make_product_tile(_MOST_ROWS, 1, accumulate=False)
 _adding_tile = make_product_tile(_MOST_ROWS, 1, accumulate=True)
@@ -73,12 +76,12 @@ def _strip_product(x: Any, weight: Any, block: Any, out: Any, ahead: Any) -> Non
         if tile == 0:
             _strip_tile(
                 x, row, count, 0, weight, start, stride, LANES, depth, out, row, column,
-                ahead, first, last,
+                (ahead, first, last),
             )  # fmt: skip
         else:
             _fetching_tile(
                 x, row, count, 0, weight, start, stride, LANES, depth, out, row, column,
-                ahead, first, last,
+                (ahead, first, last),
             )  # fmt: skip
         row, first = row + count, last
 
@@ -100,7 +103,7 @@ def block_product(
     """
     for row in range(0, rows, _MOST_ROWS):
         count = min(_MOST_ROWS, rows - row)
-        _block_tile(x, row, count, 0, weight, start, stride, 0, depth, out, row, column)
+        _block_tile(x, row, count, 0, weight, start, stride, 0, depth, out, row, column, ())
 
 
 @numba.njit(nogil=True)
@@ -120,7 +123,7 @@ def add_product(
     """
     for row in range(0, rows, _MOST_ROWS):
         count = min(_MOST_ROWS, rows - row)
-        _adding_tile(x, row, count, x_column, weight, start, LANES, 0, depth, out, row, column)
+        _adding_tile(x, row, count, x_column, weight, start, LANES, 0, depth, out, row, column, ())
 
 
 @numba.njit(parallel=True, nogil=True)
@@ -133,7 +136,7 @@ def _one_row(x: Any, weight: Any, bias: Any, out: Any) -> None:
         if block + _ONE_ROW_WIDE <= blocks:
             start, stride = _place(weight, block)
             apart = _place(weight, block + 1)[0] - start
-            _one_row_tile(x, 0, 1, 0, weight, start, stride, apart, depth, out, 0, column)
+            _one_row_tile(x, 0, 1, 0, weight, start, stride, apart, depth, out, 0, column, ())
         else:
             _last_blocks(x, weight, block, out)
         _add_bias(bias, out, column, column + _ONE_ROW_WIDE * LANES)

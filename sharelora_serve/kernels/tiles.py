@@ -34,13 +34,12 @@ def make_product_tile(
     *,
     accumulate: bool,
     fetches: bool = False,
-    has_list: bool = False,
     lanes: int = LANES,
 ) -> Any:
     """An intrinsic for up to `max_rows` rows times a few blocks of outputs.
 
-    tile(x, x_row, rows, x_column, weight, start, stride, apart, depth, out, out_row, out_column)
-    computes, for i < rows, j < num_blocks, lane l < LANES and w = start + j * apart,
+    tile(x, x_row, rows, x_column, weight, start, stride, apart, depth, out, out_row, out_column,
+    ahead) computes, for i < rows, j < num_blocks, lane l < LANES and w = start + j * apart,
 
         out[out_row + i, out_column + j * LANES + l]
             (+)= sum over k < depth of x[x_row + i, x_column + k] * weight[w + k * stride + l]
@@ -51,9 +50,9 @@ def make_product_tile(
 
     A pair, which numba sees as int32, times another is the sum of both products. When the tile
     `fetches`, it brings as much weight nearer as it reads, from the end of its own on: arithmetic
-    hides memory. When it `has_list` it takes (..., listed, first, last) too, and brings nearer what
-    lies at the addresses listed[first:last], STRETCH bytes each, or as much of it as `depth` lines
-    of the cache are. `lanes` are those of a vector: a block is computed in one or more.
+    hides memory. `ahead` is () or (addresses, first, last): then it brings nearer what lies at
+    addresses[first:last], STRETCH bytes each, or as much of it as `depth` lines of the cache are.
+    `lanes` are those of a vector: a block is computed in one or more.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -66,7 +65,7 @@ def make_product_tile(
     def emit_rows(
         context: Any, builder: Any, signature: Any, arguments: Any, num_rows: int
     ) -> None:
-        _, row_at, _, column_at, _, *numbers, _, out_row, out_column = arguments[:12]
+        _, row_at, _, column_at, _, *numbers, _, out_row, out_column, ahead = arguments
         start, stride, apart, depth = numbers
         source, packed, target = (
             array(context, builder, signature, arguments, at) for at in (0, 4, 9)
@@ -107,9 +106,10 @@ def make_product_tile(
                     place = sums[i * len(blocks) + j]
                     total = multiply_add(builder, spread, column, builder.load(place))
                     builder.store(total, place)
-            if has_list:
-                listed = array(context, builder, signature, arguments, 12)
-                _fetch_listed(builder, loop.index, listed.data, *arguments[13:])
+            if len(signature.args[12]):
+                listed, begin, stop = cgutils.unpack_tuple(builder, ahead)
+                addresses = context.make_array(signature.args[12][0])(context, builder, listed)
+                _fetch_listed(builder, loop.index, addresses.data, begin, stop)
             if fetches:
                 for block in blocks[::fetched]:
                     fetch(builder, builder.gep(block, [builder.add(at, end)]), TO_SECOND_LEVEL)
@@ -131,36 +131,13 @@ def make_product_tile(
         out: Any,
         out_row: Any,
         out_column: Any,
+        ahead: Any,
     ) -> Any:
-        return types.void(*operands(x, weight, out)), emit
-
-    @intrinsic
-    def listing_tile(
-        typingctx: Any,
-        x: Any,
-        x_row: Any,
-        rows: Any,
-        x_column: Any,
-        weight: Any,
-        start: Any,
-        stride: Any,
-        apart: Any,
-        depth: Any,
-        out: Any,
-        out_row: Any,
-        out_column: Any,
-        listed: Any,
-        first: Any,
-        last: Any,
-    ) -> Any:
-        more = (listed, types.intp, types.intp)
-        return types.void(*operands(x, weight, out), *more), emit
-
-    def operands(x: Any, weight: Any, out: Any) -> tuple[Any, ...]:
         index = types.intp
-        return (x, *[index] * 3, weight, *[index] * 4, out, index, index)
+        product = (x, *[index] * 3, weight, *[index] * 4, out, index, index, ahead)
+        return types.void(*product), emit
 
-    return listing_tile if has_list else tile
+    return tile
 
 
 def make_shrink_tile(num_rows: int, num_ranks: int) -> Any:

@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels import adapted, attention, elementwise, product
+from sharelora_serve.kernels import attention, elementwise, product
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
-from sharelora_serve.kernels.cpu import CpuKernels, adapted_product, stored
+from sharelora_serve.kernels.cpu import CpuKernels, adapted_product, pages_of
 from sharelora_serve.kernels.interface import Kernels
 from sharelora_serve.kernels.reference import ReferenceKernels
 
@@ -63,6 +63,7 @@ class ReferenceParts:
     def __init__(self) -> None:
         self.kernels = ReferenceKernels()
         self.silu_and_multiply = self.kernels.silu_and_multiply
+        self.adapted_linear = self.kernels.adapted_linear
 
     def attend(
         self,
@@ -85,18 +86,6 @@ class ReferenceParts:
         self.kernels.linear(x, weight, out)
         out[:, : len(bias)] += bias
 
-    def adapted_linear(
-        self,
-        x: Tensor,
-        weight: Any,
-        bias: Tensor,
-        out: Tensor,
-        batch: AdapterBatch,
-        entry: int,
-        columns: Tensor,
-    ) -> None:
-        self.kernels.adapted_linear(x, weight, bias, out, batch, entry, columns)
-
 
 class CpuParts:
     """Compiled by numba."""
@@ -105,8 +94,7 @@ class CpuParts:
         self.kernels = CpuKernels()
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor, out: Tensor) -> None:
-        nothing_ahead = np.empty(0, np.int64)
-        product.product(x.numpy(), weight, bias.numpy(), out.numpy(), nothing_ahead)
+        product.product(x.numpy(), weight, bias.numpy(), out.numpy(), product.NOTHING_AHEAD)
 
     def adapted_linear(
         self,
@@ -118,20 +106,8 @@ class CpuParts:
         entry: int,
         columns: Tensor,
     ) -> None:
-        adapted_product(
-            x.numpy(),
-            weight,
-            bias.numpy(),
-            out.numpy(),
-            adapted.make_pieces(batch.row_adapter.numpy()),
-            batch.offsets.numpy(),
-            batch.a_pages.numpy(),
-            batch.b_pages.numpy(),
-            batch.scaling.numpy(),
-            stored(batch.arena),
-            entry,
-            columns.numpy(),
-        )
+        pages = pages_of(batch)
+        adapted_product(x.numpy(), weight, bias.numpy(), out.numpy(), pages, entry, columns.numpy())
 
     def silu_and_multiply(self, gate_up: Tensor, out: Tensor) -> None:
         elementwise.silu_and_multiply(gate_up.numpy(), out.numpy())

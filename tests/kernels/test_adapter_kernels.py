@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels.adapted import list_pages, make_pieces
+from sharelora_serve.kernels.adapted import list_pages
 from sharelora_serve.kernels.batch import PAGE_RANK
-from sharelora_serve.kernels.cpu import stored
+from sharelora_serve.kernels.cpu import pages_of
 from sharelora_serve.kernels.tiles import LANES, STRETCH
 from tests.kernels.batches import (
     FUSED,
@@ -191,10 +191,9 @@ def test_what_is_listed_for_memory_to_bring_is_all_pages_of_a_batch_and_nothing_
     generator = torch.Generator().manual_seed(seed)
     owners = sorted(torch.randint(0, 5, (23,), generator=generator).tolist())
     case = draw_case(owners, 40, (24, 64, 136), generator, sharing=sharing, arena_dtype=dtype)
-    batch, arena = case.batch, stored(case.batch.arena)
-    pages = (batch.offsets.numpy(), batch.a_pages.numpy(), batch.b_pages.numpy())
-    pieces, columns = make_pieces(batch.row_adapter.numpy()), torch.tensor(case.columns).numpy()
-    listed = list_pages(pieces, *pages, arena, ENTRY, columns, 40) - arena.ctypes.data
+    batch, pages = case.batch, pages_of(case.batch)
+    columns, arena = torch.tensor(case.columns).numpy(), pages.arena
+    listed = list_pages(pages, ENTRY, columns, 40) - arena.ctypes.data
     read, starts = set[int](), set[int]()
     for owner in set(owners) - {0}:
         for module, (begin, end) in enumerate(pairwise(case.columns)):
