@@ -30,6 +30,7 @@ from sharelora_serve.adapters.staging import (
 )
 from sharelora_serve.adapters.transfer import CopyStream
 from sharelora_serve.errors import AdapterInvalidError, ConfigurationError
+from sharelora_serve.memory import streamed
 
 
 @dataclass(slots=True, eq=False)
@@ -299,7 +300,4 @@ def _pages_alone(adapter: Adapter) -> Counter[int]:
 def _new_arena(num_elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     if device.type != "cpu":
         return torch.empty(num_elements, dtype=dtype, device=device)
-    # numpy asks for huge pages of memory, which torch does not: B streams through the caches, and
-    # the processor fetches ahead no further than a page.
-    memory = np.empty(num_elements * dtype.itemsize, np.uint8)
-    return torch.from_numpy(memory).view(dtype)
+    return streamed(num_elements, dtype)

@@ -5,6 +5,7 @@ not depend on its batch. All layers run in one call that releases the GIL, so a 
 loop never wait for each other.
 """
 
+import math
 from typing import Any
 
 import numba
@@ -28,6 +29,7 @@ from sharelora_serve.kernels.product import (
 )
 from sharelora_serve.kernels.tiles import LANES
 from sharelora_serve.kernels.vector import has_bfloat16_vectors
+from sharelora_serve.memory import streamed
 
 _NO_BIAS = np.empty(0, np.float32)
 _NO_PIECES = np.empty((0, 3), np.int64)
@@ -175,7 +177,7 @@ class CpuKernels:
         elif dtype == torch.bfloat16 and in_features % 2 == 0 and has_bfloat16_vectors():
             inputs = (in_features // 2, LANES, 2)
         shape = (num_layers, -(-out_features // LANES), *inputs)
-        return stored(torch.empty(shape, dtype=dtype))  # at a line of the cache
+        return stored(streamed(math.prod(shape), dtype).view(shape))
 
     def pack(self, weight: Tensor, to: Any) -> None:
         """Lay a weight (out, in), in its stored dtype, out for `linear` and `embed`."""
@@ -216,12 +218,12 @@ class CpuKernels:
         """
         assert device.type == "cpu", "these kernels compute on a CPU"
         assert BLOCK_SIZE == LANES, "attention reads a block of keys as a block of weights"
-        like = stored(torch.empty(0, dtype=dtype)).dtype
         parts = -(-head_dim // LANES)
         shape = (num_layers, num_blocks, num_kv_heads)
-        keys = np.full((*shape, parts * LANES, BLOCK_SIZE), 0, like)
-        values = np.full((*shape, parts, BLOCK_SIZE, LANES), 0, like)
-        return keys, values
+        size = math.prod(shape) * parts * LANES * BLOCK_SIZE
+        keys = streamed(size, dtype).zero_().view(*shape, parts * LANES, BLOCK_SIZE)
+        values = streamed(size, dtype).zero_().view(*shape, parts, BLOCK_SIZE, LANES)
+        return stored(keys), stored(values)
 
     def layers(
         self,
