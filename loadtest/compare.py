@@ -14,6 +14,7 @@ from loadtest.adapters import Kind, write_adapters
 from loadtest.capacity import BASE, measure_whole
 from loadtest.comparison import (
     CASES,
+    DRAFTING,
     DTYPE,
     MERGED,
     NUM_ADAPTERS,
@@ -102,7 +103,9 @@ class _Contest:
         peers = [peer for peer in peers if self._succeeds(self._prepare, peer)]
         for name in dict.fromkeys((OURS, OURS_HALF)):
             self._start_ours(name, "--dtype", name.rpartition(" ")[2])
-        self._start_ours(MERGED, "--dtype", DTYPE, "--merge", adapter_name(0))
+        for name, tokens in ((MERGED, 0), (DRAFTING, 7)):
+            merged = ("--dtype", DTYPE, "--merge", adapter_name(0))
+            self._start_ours(name, *merged, "--speculative-tokens", str(tokens))
         for peer in peers:
             self._succeeds(self._start, peer)
 
@@ -143,6 +146,7 @@ class _Contest:
             num_adapters=case.num_adapters,
             prompt_words=(_PROMPT_WORDS, _PROMPT_WORDS),
             new_tokens=(new_tokens - spread, new_tokens + spread),
+            prompts=case.prompts,
             seed=number or 0,
         )
         workload = draw("base" if contender.is_base else "distinct", settings)

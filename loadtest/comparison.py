@@ -10,6 +10,7 @@ from loadtest.figures import Figures
 from loadtest.machine import describe_machine
 from loadtest.markdown import figure, table
 from loadtest.peers import LlamaCpp, LlamaCppBase, LlamaCppOne, VllmCpu
+from loadtest.questions import QUESTIONS
 from sharelora_serve.kernels.cpu import multiplies_bfloat16
 
 NUM_ADAPTERS = 32
@@ -17,6 +18,7 @@ DTYPE = "bfloat16" if multiplies_bfloat16() else "float16"  # whichever is faste
 OURS = f"ShareLoRA Serve, {DTYPE}"
 OURS_HALF = "ShareLoRA Serve, float16"
 MERGED = f"{OURS}, merged"
+DRAFTING = f"{MERGED}, guessing ahead"
 PEFT = "PEFT generate, float32"
 
 
@@ -33,6 +35,7 @@ class Case:
     """What is compared.
 
     read        the figure
+    prompts     to ask; random words if there are none
     aim         of ours, as a multiple of each contender's: at least, or at most if is_waiting
     contenders  ours first, in its fastest type and then in float16
     """
@@ -45,6 +48,7 @@ class Case:
     aims: Mapping[str, float]
     is_waiting: bool
     contenders: tuple[Contender, ...]
+    prompts: tuple[str, ...] = ()
 
 
 def _throughput(found: Figures) -> float | None:
@@ -83,6 +87,22 @@ CASES = (
             Contender(LlamaCppOne.name),
             Contender(LlamaCppBase.name, is_base=True),
         ),
+    ),
+    Case(
+        name="the same, asked questions",
+        num_adapters=1,
+        streams=1,
+        unit="tokens/s",
+        read=_throughput,
+        aims={LlamaCppBase.name: 1.3, LlamaCppOne.name: 1.3},
+        is_waiting=False,
+        contenders=(
+            Contender(DRAFTING),
+            Contender(MERGED),
+            Contender(LlamaCppOne.name),
+            Contender(LlamaCppBase.name, is_base=True),
+        ),
+        prompts=QUESTIONS,
     ),
     Case(
         name="first token at the 50th percentile, 16 streams over 16 adapters",

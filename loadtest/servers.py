@@ -119,13 +119,15 @@ def our_server(log: Path, *arguments: str) -> Iterator[Server]:
     """This project's, without a prefix cache and with a store that is forgotten, beside the log.
 
     Prompts are drawn from few words, and what a cache of their beginnings saves is not measured.
+    Nor is what drafts save, unless the arguments say so: greedy answers to them repeat themselves.
     """
     port = free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="store-", dir=log.parent) as store:
         words = (
             *(sys.executable, "-m", "sharelora_serve.cli", "serve", "--port", str(port)),
-            *("--store", store, "--no-prefix-cache", "--log-level", "warning", *arguments),
+            *("--store", store, "--no-prefix-cache", "--speculative-tokens", "0"),
+            *("--log-level", "warning", *arguments),
         )
         with running(Command(words, port, "/ready"), log) as server:
             yield server

@@ -108,7 +108,13 @@ def measure_steps(
             "threads": threads,
         }
         given = {name: value for name, value in settings.items() if value is not None}
-        config = ServeConfig(**given, device="cpu", prefix_cache=False, max_running=max(streams))
+        config = ServeConfig(
+            **given,
+            device="cpu",
+            prefix_cache=False,
+            speculative_tokens=0,
+            max_running=max(streams),
+        )
         loaded = load_engine(config, kernels=kernels)
         loaded.engine.start()
         try:

@@ -12,10 +12,18 @@ class ScheduledRequest:
     """Tokens at positions request.num_computed to request.num_computed + num_tokens.
 
     Valid until Scheduler.complete, which moves num_computed on.
+
+    draft_ids  tokens that may follow, computed too, see `Speculator`
     """
 
     request: Request
     num_tokens: int
+    draft_ids: list[int] = field(default_factory=list)
+
+    @property
+    def num_rows(self) -> int:
+        """Of the batch, drafts included."""
+        return self.num_tokens + len(self.draft_ids)
 
     @property
     def needs_logits(self) -> bool:

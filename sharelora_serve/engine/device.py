@@ -25,6 +25,9 @@ _FLASH_HEAD_DIM, _FLASH_HEAD_DIM_STEP = 256, 8
 # So that a step with prompts beside streams takes at most some four times as long as one without.
 _CPU_PREFILL_CHUNK, _CPU_PREFILL_PER_DECODE = 20, 2
 
+# With one stream's own row as many as a product computes at once, see `ROWS` of the kernels' tiles.
+_CPU_SPECULATIVE_TOKENS = 7
+
 
 def choose_device(config: ServeConfig) -> torch.device:
     """The CPU, or the current CUDA device; ConfigurationError where one is asked for in vain."""
@@ -68,6 +71,14 @@ def choose_prefill_chunk(config: ServeConfig, device: torch.device) -> tuple[int
     if device.type == "cpu":
         return min(_CPU_PREFILL_CHUNK, config.max_batch_tokens), _CPU_PREFILL_PER_DECODE
     return config.max_batch_tokens, 0
+
+
+def choose_speculative_rows(config: ServeConfig, device: torch.device) -> int:
+    """Of a step that has drafts, the most."""
+    num_drafts = config.speculative_tokens
+    if num_drafts is None:
+        num_drafts = _CPU_SPECULATIVE_TOKENS if device.type == "cpu" else 0
+    return min(1 + num_drafts, config.max_batch_tokens)
 
 
 def choose_kernels(

@@ -49,6 +49,8 @@ class EngineStats:
     prefix_cache_hits_tokens: int
     prefix_cache_queries_tokens: int
     num_preemptions: int
+    num_draft_tokens: int
+    num_accepted_tokens: int  # of those
     num_steps: int
     num_merges: int
     num_unmerges: int
@@ -184,6 +186,8 @@ class Engine:
             prefix_cache_hits_tokens=self._kv_cache.num_hit_tokens,
             prefix_cache_queries_tokens=self._kv_cache.num_queried_tokens,
             num_preemptions=self._scheduler.num_preemptions,
+            num_draft_tokens=self._scheduler.speculator.num_drafted,
+            num_accepted_tokens=self._scheduler.speculator.num_accepted,
             num_steps=self._num_steps,
             num_merges=self._merger.num_merges if self._merger is not None else 0,
             num_unmerges=self._merger.num_unmerges if self._merger is not None else 0,
@@ -287,46 +291,62 @@ class Engine:
                 except ServeError as error:
                     failed[request] = error
         sampled = [
-            (item.request, its_rows.stop - 1)
+            (item, its_rows.stop - 1 - len(item.draft_ids))
             for item, its_rows in zip(batch.scheduled, rows, strict=True)
             if item.needs_logits and item.request not in failed
         ]
         self._scheduler.complete(batch)
         for request, problem in failed.items():
-            self._append(request, problem)
-        if not sampled:
-            return
-        if len(sampled) < len(logits):
-            logits = logits[[row for _, row in sampled]]
-        tokens = self._sampler.sample(logits, [request for request, _ in sampled])
-        for (request, _), token in zip(sampled, tokens, strict=True):
-            self._append(request, token)
+            self._scheduler.finish(request)
+            self._deliver(request, [], error=problem)
+        self._sample(sampled, logits)
 
-    def _append(self, request: Request, token: SampledToken | ServeError) -> None:
-        if isinstance(token, ServeError):
-            self._scheduler.finish(request)
-            self._deliver(request, [], error=token)
-            return
-        if request.sampling.max_tokens == 0:
-            self._scheduler.finish(request)
-            request.finish_reason = FinishReason.LENGTH
-            self._deliver(request, [])
-            return
-        request.output_ids.append(token.token_id)
-        request.finish_reason = self._finish_reason(request)
-        if request.finish_reason is not None:
-            self._scheduler.finish(request)
-        self._deliver(
-            request, [token.token_id], None if token.logprobs is None else [token.logprobs]
-        )
+    def _sample(self, sampled: list[tuple[ScheduledRequest, int]], logits: Tensor) -> None:
+        """Choose and deliver the next tokens of requests, whose rows begin at those given.
+
+        One for each, and another one as long as that is the next of the request's draft.
+        """
+        chosen: dict[Request, list[SampledToken]] = {item.request: [] for item, _ in sampled}
+        problems: dict[Request, ServeError] = {}
+        while sampled:
+            rows = logits
+            if len(sampled) < len(logits):
+                rows = logits[[row for _, row in sampled]]
+            tokens = self._sampler.sample(rows, [item.request for item, _ in sampled])
+            going_on = []
+            for (item, row), token in zip(sampled, tokens, strict=True):
+                request, num_before = item.request, len(chosen[item.request])
+                if isinstance(token, ServeError):
+                    problems[request] = token
+                    self._scheduler.finish(request)
+                    continue
+                if request.sampling.max_tokens > 0:
+                    chosen[request].append(token)
+                    request.output_ids.append(token.token_id)
+                request.finish_reason = self._finish_reason(request)
+                if request.finish_reason is not None:
+                    self._scheduler.finish(request)
+                elif item.draft_ids[num_before : num_before + 1] == [token.token_id]:
+                    self._scheduler.accept(request)
+                    going_on.append((item, row + 1))
+            sampled = going_on
+        for request, its_tokens in chosen.items():
+            logprobs = [token.logprobs for token in its_tokens if token.logprobs is not None]
+            self._deliver(
+                request,
+                [token.token_id for token in its_tokens],
+                logprobs or None,
+                problems.get(request),
+            )
 
     def _finish_reason(self, request: Request) -> FinishReason | None:
-        sampling, token_id = request.sampling, request.output_ids[-1]
-        if len(request.output_ids) >= sampling.min_tokens and (
-            token_id in sampling.stop_token_ids
-            or (token_id in self.eos_token_ids and not sampling.ignore_eos)
-        ):
-            return FinishReason.STOP
+        sampling = request.sampling
+        if request.output_ids and len(request.output_ids) >= sampling.min_tokens:
+            token_id = request.output_ids[-1]
+            if token_id in sampling.stop_token_ids or (
+                token_id in self.eos_token_ids and not sampling.ignore_eos
+            ):
+                return FinishReason.STOP
         if len(request.output_ids) >= sampling.max_tokens:
             return FinishReason.LENGTH
         return None

@@ -32,6 +32,7 @@ from sharelora_serve.engine.device import (
     choose_graphs,
     choose_kernels,
     choose_prefill_chunk,
+    choose_speculative_rows,
 )
 from sharelora_serve.engine.engine import Engine
 from sharelora_serve.engine.kv_cache import KVCache
@@ -41,6 +42,7 @@ from sharelora_serve.engine.merger import Merger
 from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.sampler import Sampler
 from sharelora_serve.engine.scheduler import Scheduler
+from sharelora_serve.engine.speculation import Speculator
 from sharelora_serve.errors import ConfigurationError, ModelNotFoundError, UnsupportedModelError
 from sharelora_serve.kernels.batch import PAGE_RANK as KERNELS_PAGE_RANK
 from sharelora_serve.kernels.cpu import CpuKernels
@@ -217,6 +219,7 @@ def load_engine(
             max_batch_tokens=config.max_batch_tokens,
             prefill_chunk=prefill_chunk,
             prefill_per_decode=prefill_per_decode,
+            speculator=Speculator(choose_speculative_rows(config, device)),
             are_rows_costly=device.type == "cpu",
         ),
         runner=runner,

@@ -64,8 +64,9 @@ class Runner:
     def run(self, scheduled: Sequence[ScheduledRequest]) -> tuple[Tensor, list[slice]]:
         """Logits of a batch, and for each scheduled request its rows among them.
 
-        A request has the row of its last token if it needs one, after those of the prompt
-        positions in its chunk if it asked for prompt_logprobs; else an empty slice.
+        A request has the row of its last token and those of its draft if it needs them, after
+        those of the prompt positions in its chunk if it asked for prompt_logprobs; else an empty
+        slice.
         """
         token_ids: list[int] = []
         positions: list[int] = []
@@ -74,9 +75,10 @@ class Runner:
         logit_rows: list[int] = []
         slices: list[slice] = []
         for sequence, item in enumerate(scheduled):
-            request, count, first = item.request, item.num_tokens, len(token_ids)
+            request, count, first = item.request, item.num_rows, len(token_ids)
             start = request.num_computed
-            token_ids += request.tokens(start, start + count)
+            token_ids += request.tokens(start, start + item.num_tokens)
+            token_ids += item.draft_ids
             positions += range(start, start + count)
             row_sequence += [sequence] * count
             tasks += [
@@ -88,7 +90,7 @@ class Runner:
                 last = min(count, len(request.prompt_ids) - 1 - start)
                 logit_rows += range(first, first + last)
             if item.needs_logits:
-                logit_rows.append(first + count - 1)
+                logit_rows += range(first + item.num_tokens - 1, first + count)
             slices.append(slice(begin, len(logit_rows)))
         width = max(len(item.request.block_table) for item in scheduled)
         tables = np.zeros((len(scheduled), width), np.int32)
@@ -133,8 +135,8 @@ class Runner:
                 if id(table) not in index:
                     tables.append(table)
                     index[id(table)] = len(tables)
-                row_adapter[row : row + item.num_tokens] = index[id(table)]
-            row += item.num_tokens
+                row_adapter[row : row + item.num_rows] = index[id(table)]
+            row += item.num_rows
         if not tables:
             return None
         packed = self._packed

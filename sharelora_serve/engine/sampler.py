@@ -118,9 +118,10 @@ class Sampler:
         sampling = request.sampling
         greedy = sampling.temperature < GREEDY_BELOW
         masked = self._masked_ids(request)
-        if not _is_adjusted(request) and not masked:
-            if greedy:
-                return best_id
+        is_adjusted = _is_adjusted(request)
+        if greedy and not is_adjusted and best_id not in masked:
+            return best_id
+        if not is_adjusted and not masked:
             scores = logits[row]
         else:
             scores = logits[row].clone()

@@ -11,6 +11,7 @@ from sharelora_serve.engine.batch import Batch, FailedRequest, ScheduledRequest
 from sharelora_serve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, Entry, FairQueue
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.request import Request
+from sharelora_serve.engine.speculation import Speculator
 from sharelora_serve.errors import ServeError
 
 # How many waiting requests one step looks at: bounds its cost when thousands wait for adapters.
@@ -68,8 +69,8 @@ class Scheduler:
     """Continuous batching with chunked prefill over one KV cache and one adapter cache.
 
     Used by the engine thread alone: add, then schedule, compute, complete, append the sampled
-    tokens to output_ids, and finish what has ended. A request is known here from add to finish
-    or abort, or until it comes back in Batch.failed.
+    tokens to output_ids, accept draft tokens that were sampled, and finish what has ended. A
+    request is known here from add to finish or abort, or until it comes back in Batch.failed.
     """
 
     def __init__(
@@ -81,6 +82,7 @@ class Scheduler:
         max_batch_tokens: int,
         prefill_chunk: int,
         prefill_per_decode: int,
+        speculator: Speculator,
         are_rows_costly: bool,
     ) -> None:
         """Limits: requests running at once, tokens per step, prompt tokens beside decodes.
@@ -95,6 +97,7 @@ class Scheduler:
         self._max_batch_tokens = max_batch_tokens
         self._prefill_chunk = prefill_chunk
         self._prefill_per_decode = prefill_per_decode
+        self.speculator = speculator
         self._are_rows_costly = are_rows_costly
         self._entries: dict[str, Entry] = {}
         self._waiting = FairQueue()
@@ -160,6 +163,8 @@ class Scheduler:
         the tokens of streams whose clients run more requests and were served far more: they pause
         for the step, but for MAX_PAUSES in a row at most. Where rows are costly they pause too for
         one that its chunk completes: the step is shorter without them.
+
+        Rows that a small step has left go to drafts, see `Speculator`.
         """
         batch = Batch()
         num_preemptions = self.num_preemptions
@@ -171,6 +176,7 @@ class Scheduler:
             num_more = max(0, num_left - self._prefill_chunk)
         may_admit = self.num_preemptions == num_preemptions
         self._schedule_prompts(batch, num_left, num_more, may_admit=may_admit)
+        self.speculator.extend(batch, self._kv_cache)
         batch.scheduled.sort(key=_adapter_key)
         return batch if batch.scheduled or batch.failed else None
 
@@ -187,6 +193,13 @@ class Scheduler:
                 self._entries[request.request_id].count_pieces()
                 request.num_computed += scheduled.num_tokens
                 self._kv_cache.commit(request)
+
+    def accept(self, request: Request) -> None:
+        """Count a draft token as computed, now that it has been appended to output_ids."""
+        self.speculator.num_accepted += 1
+        self._waiting.charge(request.client, OUTPUT_WEIGHT)
+        request.num_computed += 1
+        self._kv_cache.commit(request)
 
     def _schedule_decodes(self, batch: Batch) -> int:
         """Give every running request that decodes its token; return how many there are."""
@@ -393,6 +406,7 @@ class Scheduler:
     def _remove(self, entry: Entry) -> None:
         """Forget a request and give back all it holds."""
         del self._entries[entry.request.request_id]
+        self.speculator.forget(entry.request)
         if entry.is_running:
             self._running.remove(entry)
             self._give_back(entry.request)

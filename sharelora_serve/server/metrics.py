@@ -113,6 +113,11 @@ class _EngineFigures(Collector):
         )
         counters = {
             "preemptions": (stats.num_preemptions, "Requests preempted for want of KV blocks."),
+            "draft_tokens": (stats.num_draft_tokens, "Tokens guessed ahead and checked."),
+            "draft_tokens_accepted": (
+                stats.num_accepted_tokens,
+                "Tokens guessed ahead that were right, each a step saved.",
+            ),
             "steps": (stats.num_steps, "Forward passes."),
             "merges": (stats.num_merges, "Adapters folded into the weights by --merge auto."),
             "unmerges": (stats.num_unmerges, "Adapters taken out of the weights again."),

@@ -12,6 +12,7 @@ from sharelora_serve.engine.batch import Batch
 from sharelora_serve.engine.kv_cache import KVCache
 from sharelora_serve.engine.request import Request, SamplingParams
 from sharelora_serve.engine.scheduler import Scheduler
+from sharelora_serve.engine.speculation import Speculator
 from sharelora_serve.errors import AdapterUnavailableError, ServeError
 
 BLOCK = 4
@@ -107,6 +108,7 @@ class Rig:
         prefill_per_decode: int = 0,
         *,
         are_rows_costly: bool = False,
+        speculative_rows: int = 0,
     ) -> None:
         self.kv_cache = KVCache(num_blocks, BLOCK)
         self.shelf = shelf or Shelf()
@@ -121,6 +123,7 @@ class Rig:
             max_batch_tokens=max_batch_tokens,
             prefill_chunk=prefill_chunk,
             prefill_per_decode=prefill_per_decode,
+            speculator=Speculator(speculative_rows),
             are_rows_costly=are_rows_costly,
         )
         self.requests: list[Request] = []  # in order of arrival
@@ -175,28 +178,43 @@ class Rig:
             return None
         for failed in batch.failed:
             self.errors[failed.request] = failed.error
-        needs_logits = self.compute(batch)
+        self.compute(batch)
         self.scheduler.complete(batch)
-        for request in needs_logits:
-            request.output_ids.append(next_token(request))
-            if len(request.output_ids) == request.sampling.max_tokens:
-                self.scheduler.finish(request)
-                self.finished.add(request)
+        for scheduled in batch.scheduled:
+            if scheduled.request.num_uncomputed == 0:
+                self.sample(scheduled.request, scheduled.draft_ids)
         self.check_books()
         return {scheduled.request: scheduled.num_tokens for scheduled in batch.scheduled}
 
-    def compute(self, batch: Batch) -> list[Request]:
-        """Run the stand-in model; the requests that need a token sampled."""
+    def sample(self, request: Request, draft_ids: list[int]) -> None:
+        """Append the request's next token, and the next as long as the draft has that one."""
+        for draft_id in (*draft_ids, None):
+            token_id = next_token(request)
+            request.output_ids.append(token_id)
+            if len(request.output_ids) == request.sampling.max_tokens:
+                self.scheduler.finish(request)
+                self.finished.add(request)
+                return
+            if token_id != draft_id:
+                return
+            self.scheduler.accept(request)
+
+    def compute(self, batch: Batch) -> None:
+        """Run the stand-in model."""
         for scheduled in batch.scheduled:
             request, start = scheduled.request, scheduled.request.num_computed
             assert (request.page_table is None) == (request.adapter is None)
-            for position in range(start, start + scheduled.num_tokens):
+            end = start + scheduled.num_tokens
+            for position in range(start, end):
                 self.slots[self.slot(request, position)] = content(request, position)
+            for position in range(end, end + len(scheduled.draft_ids)):
+                digest, token_ids = content(request, end - 1)
+                token_ids = token_ids + scheduled.draft_ids[: position + 1 - end]
+                self.slots[self.slot(request, position)] = digest, token_ids
         for scheduled in batch.scheduled:
             request, start = scheduled.request, scheduled.request.num_computed
             for position in range(start + scheduled.num_tokens):
                 assert self.slots[self.slot(request, position)] == content(request, position)
-        return [scheduled.request for scheduled in batch.scheduled if scheduled.needs_logits]
 
     def slot(self, request: Request, position: int) -> tuple[int, int]:
         return request.block_table[position // BLOCK], position % BLOCK

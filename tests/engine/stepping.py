@@ -35,6 +35,7 @@ from sharelora_serve.engine.request import (
 from sharelora_serve.engine.runner import Runner
 from sharelora_serve.engine.sampler import Sampler
 from sharelora_serve.engine.scheduler import Scheduler
+from sharelora_serve.engine.speculation import Speculator
 from sharelora_serve.errors import AdapterInvalidError
 from sharelora_serve.kernels.batch import BLOCK_SIZE
 from sharelora_serve.kernels.cpu import CpuKernels
@@ -66,12 +67,20 @@ class Answer:
         return [token_id for output in self.outputs for token_id in output.token_ids]
 
     @property
-    def steps(self) -> list[tuple[Any, ...]]:
-        """What each output says, without what depends on the company it was computed in."""
-        return [
-            (output.token_ids, output.logprobs, output.prompt_logprobs, output.finish_reason)
-            for output in self.outputs
-        ]
+    def told(self) -> list[tuple[Any, ...]]:
+        """What was said of each token, without what depends on the company it was computed in.
+
+        With the last one, and alone if there is none, the finish reason.
+        """
+        told: list[tuple[Any, ...]] = []
+        for output in self.outputs:
+            if output.prompt_logprobs is not None:
+                told.append(("prompt", output.prompt_logprobs))
+            logprobs = output.logprobs or [None] * len(output.token_ids)
+            told += zip(output.token_ids, logprobs, strict=True)
+            if output.finish_reason is not None:
+                told.append(("end", output.finish_reason))
+        return told
 
     @property
     def prompt_logprobs(self) -> list[list[TokenLogprobs | None]]:
@@ -176,9 +185,11 @@ class TinyModel:
         max_first_token_seconds: float | None = None,
         prefix_caching: bool = True,
         merge_policy: MergePolicy | None = None,
+        speculator: Speculator | None = None,
     ) -> Iterator["SteppedEngine"]:
         """An engine with these adapters; memory that it has not written is NaN.
 
+        Nothing is guessed ahead unless there is a speculator.
         With a policy adapters are merged by traffic; whatever happens, the base is restored.
         """
         wake = threading.Event()
@@ -242,6 +253,7 @@ class TinyModel:
                     max_batch_tokens=max_batch_tokens,
                     prefill_chunk=prefill_chunk,
                     prefill_per_decode=2,
+                    speculator=speculator or Speculator(0),
                     are_rows_costly=True,
                 ),
                 runner=runner,

@@ -15,6 +15,8 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from sharelora_serve.engine.request import Request
+from sharelora_serve.engine.speculation import Speculator
 from tests.engine.stepping import ROOMY_BYTES, Answer, SteppedEngine, TinyModel
 from tests.golden.adapters import write_adapters
 from tests.golden.reference import load_reference
@@ -86,6 +88,24 @@ class Room:
     spare_batch_tokens: int
     prefill_chunk: int
     prefix_caching: bool
+    speculative_rows: int
+
+
+class Prophet(Speculator):
+    """Knows the answers by request id, and drafts them, but for every third token or so."""
+
+    def __init__(self, max_rows: int, answers: dict[str, Answer]) -> None:
+        super().__init__(max_rows)
+        self._answers = answers
+        self._drawn = random.Random(max_rows)
+
+    def _draft(self, request: Request, most: int) -> list[int]:
+        at = len(request.output_ids)
+        coming = self._answers[request.request_id].token_ids[at : at + most]
+        return [
+            token_id if self._drawn.random() < 0.7 else self._drawn.randrange(49152)
+            for token_id in coming + [0] * (most - len(coming))
+        ]
 
 
 ASKS = st.builds(
@@ -108,6 +128,7 @@ ROOMS = st.builds(
     spare_batch_tokens=st.integers(0, 40),
     prefill_chunk=st.integers(1, 20),
     prefix_caching=st.booleans(),
+    speculative_rows=st.sampled_from([0, 2, 8, 20]),
 )
 
 
@@ -187,6 +208,7 @@ def test_any_interleaving_gives_each_request_the_answer_it_gets_alone(alone: Alo
             spare_batch_tokens=40,
             prefill_chunk=20,
             prefix_caching=True,
+            speculative_rows=8,
         ),
         events=[
             [Ask(None, 0, 30, 14, "greedy"), Ask(None, 1, 30, 14, "sampled hot")],
@@ -202,15 +224,23 @@ def test_any_interleaving_gives_each_request_the_answer_it_gets_alone(alone: Alo
 
     run()
     # Otherwise this would prove less than it says; the example alone has them all.
-    assert all(happened[what] > 0 for what in ("preemptions", "evictions", "disk loads", "hits"))
+    assert all(
+        happened[what] > 0
+        for what in ("preemptions", "evictions", "disk loads", "hits", "accepted", "rejected")
+    )
 
 
 def check_interleaving(
     alone: Alone, room: Room, events: list[list[Ask] | Abort | int]
 ) -> dict[str, int]:
     """Run the events and compare every request with itself alone; how often what happened."""
+    all_asks = [ask for event in events if isinstance(event, list) for ask in event]
+    expected = {
+        f"request-{number}": alone.answer(ask, f"request-{number}")
+        for number, ask in enumerate(all_asks)
+    }
     asks: dict[str, Ask] = {}
-    aborted_after: dict[str, int] = {}  # how many outputs had come by then
+    aborted_after: dict[str, int] = {}  # how much had been told by then
     with alone.model.engine(
         NAMES,
         num_blocks=room.num_blocks,
@@ -220,6 +250,7 @@ def check_interleaving(
         max_batch_tokens=room.max_running + room.spare_batch_tokens,
         prefill_chunk=min(room.prefill_chunk, room.max_running + room.spare_batch_tokens),
         prefix_caching=room.prefix_caching,
+        speculator=Prophet(room.speculative_rows, expected),
     ) as engine:
         for event in events:
             if isinstance(event, list):
@@ -231,8 +262,8 @@ def check_interleaving(
                 if event.back < len(asks):
                     request_id = list(asks)[-1 - event.back]
                     engine.engine.abort(request_id)
-                    num_outputs = len(engine.answers[request_id].outputs)
-                    aborted_after.setdefault(request_id, num_outputs)
+                    num_told = len(engine.answers[request_id].told)
+                    aborted_after.setdefault(request_id, num_told)
             else:
                 for _ in range(event):
                     engine.step()
@@ -240,20 +271,22 @@ def check_interleaving(
         engine.check_that_nothing_is_held()
         answers = engine.answers
         stats, adapters = engine.engine.stats(), engine.engine.adapters.stats()
-    for request_id, ask in asks.items():
-        found, expected = answers[request_id], alone.answer(ask, request_id)
+    for request_id in asks:
+        found, told = answers[request_id], expected[request_id].told
         if request_id in aborted_after:
             num_told = aborted_after[request_id]
-            assert len(found.outputs) == num_told, "told something after its abort"
+            assert len(found.told) == num_told, "told something after its abort"
         else:
-            num_told = len(expected.outputs)
+            num_told = len(told)
             assert found.finish_reason is not None
         assert found.error is None
         # Log probabilities too, to the last bit.
-        assert found.steps == expected.steps[:num_told]
+        assert found.told == told[:num_told]
     return {
         "preemptions": stats.num_preemptions,
         "evictions": adapters.device_evictions,
         "disk loads": adapters.disk_loads,
         "hits": stats.prefix_cache_hits_tokens,
+        "accepted": stats.num_accepted_tokens,
+        "rejected": stats.num_draft_tokens - stats.num_accepted_tokens,
     }

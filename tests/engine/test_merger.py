@@ -105,7 +105,7 @@ def test_unmerging_restores_weights_and_logits_of_the_base_bit_for_bit(tiny: Tin
         assert engine.engine.stats().merged_adapter is None
         assert decoder.weights is base
         assert bits(base) == before
-        assert greedy(engine, None).steps == first.steps  # log probabilities to the last bit
+        assert greedy(engine, None).told == first.told  # log probabilities to the last bit
         stats = engine.engine.stats()
         assert (stats.num_merges, stats.num_unmerges) == (1, 1)
         engine.check_that_nothing_is_held()

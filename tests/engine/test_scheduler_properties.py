@@ -38,6 +38,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         sizes=st.lists(st.integers(1, 3), min_size=4, max_size=4),
         num_extra_room=st.integers(0, 2),
         num_tenants=st.sampled_from([1, 3]),
+        speculative_rows=st.sampled_from([0, 3, 8]),
     )
     def make_rig(
         self,
@@ -50,6 +51,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         sizes: list[int],
         num_extra_room: int,
         num_tenants: int,
+        speculative_rows: int,
     ) -> None:
         self.num_tenants = num_tenants
         shelf = Shelf(max(sizes) + num_extra_room)
@@ -63,6 +65,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             shelf,
             prefill_per_decode,
             are_rows_costly=are_rows_costly,
+            speculative_rows=min(speculative_rows, max_batch_tokens),
         )
 
     @rule(

@@ -8,7 +8,7 @@ import pytest
 from typer.testing import CliRunner
 
 from loadtest.__main__ import app
-from loadtest.comparison import MERGED, OURS, OURS_HALF, PEFT
+from loadtest.comparison import DRAFTING, MERGED, OURS, OURS_HALF, PEFT
 from loadtest.peers import LlamaCpp, LlamaCppBase, LlamaCppOne, Peer, VllmCpu
 
 pytestmark = pytest.mark.slow
@@ -58,4 +58,4 @@ def test_compare_goes_on_without_peers_and_says_who_is_left_out(
     cases = json.loads((tmp_path / "compare.json").read_text())["cases"]
     measured = [case["server"] for case in cases if case["rounds"]]
     ours = list(dict.fromkeys((OURS, OURS_HALF)))
-    assert measured == [*ours, PEFT, MERGED, *ours]
+    assert measured == [*ours, PEFT, MERGED, DRAFTING, MERGED, *ours]

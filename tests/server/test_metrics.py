@@ -35,7 +35,7 @@ class IdleEngine:
         )
 
     def stats(self) -> EngineStats:
-        return EngineStats(*[0] * 11, merged_adapter=self.merged)
+        return EngineStats(*[0] * 13, merged_adapter=self.merged)
 
 
 def _read_nothing(version: AdapterVersion) -> Adapter:
