@@ -219,7 +219,7 @@ def load_engine(
             max_batch_tokens=config.max_batch_tokens,
             prefill_chunk=prefill_chunk,
             prefill_per_decode=prefill_per_decode,
-            speculator=Speculator(choose_speculative_rows(config, device)),
+            speculator=Speculator(choose_speculative_rows(config, dtype, device)),
             are_rows_costly=device.type == "cpu",
         ),
         runner=runner,

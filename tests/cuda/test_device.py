@@ -13,6 +13,7 @@ from sharelora_serve.engine.device import (
     choose_dtype,
     choose_graphs,
     choose_prefill_chunk,
+    choose_speculative_rows,
 )
 from sharelora_serve.errors import ConfigurationError
 from sharelora_serve.kernels.reference import ReferenceKernels
@@ -68,6 +69,24 @@ def test_prompts_beside_streams_are_cut_for_a_processor_alone() -> None:
     assert choose_prefill_chunk(ServeConfig(prefill_chunk=7), cpu) == (7, 0)
     small = ServeConfig(max_running=8, max_batch_tokens=16)
     assert choose_prefill_chunk(small, cpu) == (16, 2)
+
+
+@pytest.mark.parametrize("multiplies", [True, False])
+def test_as_much_is_guessed_ahead_as_costs_the_device_little(
+    monkeypatch: pytest.MonkeyPatch, multiplies: bool
+) -> None:
+    gpu, cpu = torch.device("cuda", 0), torch.device("cpu")
+    monkeypatch.setattr(device, "multiplies_bfloat16", lambda: multiplies)
+
+    def rows(config: ServeConfig, dtype: torch.dtype = torch.bfloat16) -> int:
+        return choose_speculative_rows(config, dtype, cpu)
+
+    assert choose_speculative_rows(ServeConfig(), torch.bfloat16, gpu) == 1
+    assert rows(ServeConfig()) == (8 if multiplies else 4)
+    assert rows(ServeConfig(), torch.float16) == 4
+    assert rows(ServeConfig(speculative_tokens=5)) == 6
+    assert rows(ServeConfig(speculative_tokens=0)) == 1
+    assert rows(ServeConfig(max_running=2, max_batch_tokens=2)) == 2
 
 
 def test_nothing_is_recorded_but_kernels_of_a_gpu() -> None:
