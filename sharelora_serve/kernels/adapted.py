@@ -35,7 +35,8 @@ _expand_block = make_product_tile(_EXPAND_ROWS, 1, accumulate=True)
 class Pages(NamedTuple):
     """The rank pages of a batch as the compiled kernels take them.
 
-    pieces  (num_pieces, 3), as make_pieces gives them
+    pieces       (num_pieces, 3), as make_pieces gives them
+    num_threads  that the kernels run on
     The rest is as in AdapterBatch.
     """
 
@@ -45,6 +46,7 @@ class Pages(NamedTuple):
     b_pages: Any
     scaling: Any
     arena: Any
+    num_threads: int
 
 
 @numba.njit(nogil=True, cache=True)
@@ -210,6 +212,18 @@ def _list(page_ids: Any, width: Any, arena: Any, listed: Any, count: Any) -> Any
     return count
 
 
+@numba.njit(nogil=True)
+def _backwards(index: Any, count: Any, num_threads: Any) -> Any:
+    """A permutation of `count` tasks that turns every thread's run of them around.
+
+    What was fetched last for it is nearest; from the first on all would have left before its turn.
+    """
+    thread = index * num_threads // count
+    first = -(-thread * count // num_threads)
+    last = -(-(thread + 1) * count // num_threads) - 1
+    return first + last - index
+
+
 @numba.njit(parallel=True, nogil=True, cache=True)
 def add_adapters(
     x: Any,
@@ -226,7 +240,9 @@ def add_adapters(
     """
     pieces, offsets, arena = pages.pieces, pages.offsets, pages.arena
     num_modules = columns.shape[0] - 1
-    for task in numba.prange(pieces.shape[0] * num_modules):
+    num_tasks = pieces.shape[0] * num_modules
+    for index in numba.prange(num_tasks):
+        task = _backwards(index, num_tasks, pages.num_threads)
         piece, module = task // num_modules, task % num_modules
         first, count, adapter = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2]
         column, width = columns[module], columns[module + 1] - columns[module]

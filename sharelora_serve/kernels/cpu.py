@@ -61,6 +61,7 @@ def pages_of(batch: AdapterBatch) -> Pages:
         batch.b_pages.numpy(),
         batch.scaling.numpy(),
         stored(batch.arena),
+        numba.get_num_threads(),
     )
 
 
@@ -238,7 +239,7 @@ class CpuKernels:
         if adapters is None:
             # Of the pool's type, so that the same compiled function serves.
             no_arena = np.empty(0, self._factors or w.qkv.dtype)
-            pages = Pages(_NO_PIECES, _NO_OFFSETS, _NO_ROWS, _NO_ROWS, _NO_SCALING, no_arena)
+            pages = Pages(_NO_PIECES, _NO_OFFSETS, _NO_ROWS, _NO_ROWS, _NO_SCALING, no_arena, 1)
         else:
             self._factors = stored(adapters.arena).dtype
             pages = pages_of(adapters)

@@ -51,7 +51,8 @@ def make_product_tile(
     A pair, which numba sees as int32, times another is the sum of both products. When the tile
     `fetches`, it brings as much weight nearer as it reads, from the end of its own on: arithmetic
     hides memory. `ahead` is () or (addresses, first, last): then it brings nearer what lies at
-    addresses[first:last], STRETCH bytes each, or as much of it as `depth` lines of the cache are.
+    addresses[first:last], STRETCH bytes each, or as much of it as there are lines of the cache in
+    `depth`, and twice that for pairs, of which half as many make a product.
     `lanes` are those of a vector: a block is computed in one or more.
     """
 
@@ -109,7 +110,10 @@ def make_product_tile(
             if len(signature.args[12]):
                 listed, begin, stop = cgutils.unpack_tuple(builder, ahead)
                 addresses = context.make_array(signature.args[12][0])(context, builder, listed)
-                _fetch_listed(builder, loop.index, addresses.data, begin, stop)
+                each = 2 if source.data.type.pointee == lane else 1
+                for number in range(each):
+                    line = builder.add(builder.mul(loop.index, word(each)), word(number))
+                    _fetch_listed(builder, line, addresses.data, begin, stop)
             if fetches:
                 for block in blocks[::fetched]:
                     fetch(builder, builder.gep(block, [builder.add(at, end)]), TO_SECOND_LEVEL)
@@ -274,12 +278,12 @@ def fetch_lines(typingctx: Any, numbers: Any, start: Any, count: Any) -> Any:
     return types.void(numbers, types.intp, types.intp), emit
 
 
-def _fetch_listed(builder: Any, step: Any, addresses: Any, first: Any, last: Any) -> None:
-    """In step number `step` of a loop, fetch that line of what addresses[first:last] list."""
-    lines = STRETCH // CACHE_LINE
-    at = builder.add(first, builder.udiv(step, step.type(lines)))
+def _fetch_listed(builder: Any, line: Any, addresses: Any, first: Any, last: Any) -> None:
+    """Fetch the cache line of that number of what addresses[first:last] list, if there is one."""
+    lines = line.type(STRETCH // CACHE_LINE)
+    at = builder.add(first, builder.udiv(line, lines))
     with builder.if_then(builder.icmp_signed("<", at, last)):
-        byte = builder.mul(builder.urem(step, step.type(lines)), step.type(CACHE_LINE))
+        byte = builder.mul(builder.urem(line, lines), line.type(CACHE_LINE))
         address = builder.add(builder.load(builder.gep(addresses, [at])), byte)
         pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
         fetch(builder, pointer, TO_SECOND_LEVEL)
