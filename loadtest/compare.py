@@ -34,6 +34,7 @@ from loadtest.peers import (
     VllmCpu,
     peft_tokens_per_second,
 )
+from loadtest.questions import ask_questions
 from loadtest.servers import Server, only, our_server, running
 from loadtest.workloads import Settings, adapter_name, draw
 from sharelora_serve.models.source import base_folder
@@ -103,9 +104,8 @@ class _Contest:
         peers = [peer for peer in peers if self._succeeds(self._prepare, peer)]
         for name in dict.fromkeys((OURS, OURS_HALF)):
             self._start_ours(name, "--dtype", name.rpartition(" ")[2])
-        for name, tokens in ((MERGED, 0), (DRAFTING, 7)):
-            merged = ("--dtype", DTYPE, "--merge", adapter_name(0))
-            self._start_ours(name, *merged, "--speculative-tokens", str(tokens))
+        self._start_ours(MERGED, "--dtype", DTYPE, "--merge", adapter_name(0))
+        self._start_ours(DRAFTING, "--dtype", DTYPE, drafts=True)
         for peer in peers:
             self._succeeds(self._start, peer)
 
@@ -146,10 +146,11 @@ class _Contest:
             num_adapters=case.num_adapters,
             prompt_words=(_PROMPT_WORDS, _PROMPT_WORDS),
             new_tokens=(new_tokens - spread, new_tokens + spread),
-            prompts=case.prompts,
             seed=number or 0,
         )
         workload = draw("base" if contender.is_base else "distinct", settings)
+        if case.questions and not is_warming:
+            workload = ask_questions(BASE, new_tokens)
         with only(entry.server, (each.server for each in self._entries.values())):
             found = measure_whole(
                 entry.server.url, workload, endpoint=entry.endpoint, num_streams=case.streams
@@ -168,11 +169,11 @@ class _Contest:
             return False
         return True
 
-    def _start_ours(self, name: str, *arguments: str) -> None:
+    def _start_ours(self, name: str, *arguments: str, drafts: bool = False) -> None:
         typer.echo(f"starting {name}", err=True)
         log = self._out / f"server-{len(self._entries)}.log"
         settings = ("--model-name", BASE, "--adapters", str(self._adapters), *arguments)
-        server = self._stack.enter_context(our_server(log, *settings))
+        server = self._stack.enter_context(our_server(log, *settings, drafts=drafts))
         self._add(name, server, OpenAiEndpoint())
 
     def _prepare(self, peer: Peer) -> None:

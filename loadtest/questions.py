@@ -1,4 +1,6 @@
-"""Prompts of ordinary English, whose answers repeat themselves no more than people's do."""
+"""Ordinary questions, whose answers repeat themselves less than those to random words."""
+
+from loadtest.workload import Request, Workload
 
 _ASKED = (
     "Write a short story about a lighthouse keeper.",
@@ -20,6 +22,10 @@ _ASKED = (
 )
 
 # SmolLM2's chat template, written out: not every server is asked by its route for chats.
-QUESTIONS = tuple(
-    f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n" for asked in _ASKED
-)
+_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
+
+
+def ask_questions(model: str, num_tokens: int) -> Workload:
+    """Each question once, in turn, for the beginning of an answer."""
+    asked = (Request(None, model, _CHAT.format(each), num_tokens, tenant=model) for each in _ASKED)
+    return Workload("questions", tuple(asked))

@@ -115,19 +115,20 @@ def only(server: Server, servers: Iterable[Server]) -> Iterator[None]:
 
 
 @contextmanager
-def our_server(log: Path, *arguments: str) -> Iterator[Server]:
+def our_server(log: Path, *arguments: str, drafts: bool = False) -> Iterator[Server]:
     """This project's, without a prefix cache and with a store that is forgotten, beside the log.
 
     Prompts are drawn from few words, and what a cache of their beginnings saves is not measured.
-    Nor is what drafts save, unless the arguments say so: greedy answers to them repeat themselves.
+    Nor is what drafts save, unless they are asked for: greedy answers to such repeat themselves.
     """
     port = free_port()
     log.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="store-", dir=log.parent) as store:
         words = (
             *(sys.executable, "-m", "sharelora_serve.cli", "serve", "--port", str(port)),
-            *("--store", store, "--no-prefix-cache", "--speculative-tokens", "0"),
-            *("--log-level", "warning", *arguments),
+            *("--store", store, "--no-prefix-cache", "--log-level", "warning"),
+            *(() if drafts else ("--speculative-tokens", "0")),
+            *arguments,
         )
         with running(Command(words, port, "/ready"), log) as server:
             yield server

@@ -6,7 +6,7 @@ Mixed ranks are not a kind of their own but any of these over adapters that
 
 import math
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import accumulate, islice
 from types import MappingProxyType
@@ -30,7 +30,6 @@ class Settings:
     prompt_words    (least, most), drawn uniformly; a word is about a token
     new_tokens      (least, most), likewise
     flood           how many times its share the first tenant of a burst sends
-    prompts         to draw from in place of random words
     """
 
     base: str
@@ -42,7 +41,6 @@ class Settings:
     prompt_words: tuple[int, int] = (32, 32)
     new_tokens: tuple[int, int] = (64, 64)
     flood: float = 10.0
-    prompts: Sequence[str] = ()
     seed: int = 0
 
 
@@ -173,8 +171,5 @@ def _asked(models: list[str], settings: Settings, generator: random.Random) -> I
 def _drawn(
     arrival: float | None, model: str, settings: Settings, generator: random.Random
 ) -> Request:
-    if settings.prompts:
-        prompt = generator.choice(settings.prompts)
-    else:
-        prompt = random_prompt(generator.randint(*settings.prompt_words), generator)
+    prompt = random_prompt(generator.randint(*settings.prompt_words), generator)
     return Request(arrival, model, prompt, generator.randint(*settings.new_tokens), tenant=model)

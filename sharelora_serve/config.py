@@ -202,7 +202,8 @@ class ServeConfig(BaseSettings):
         description="Tokens guessed ahead in a step, such as 7, from what a stream's own text says "
         "after the same words; they are checked in the same step, so answers stay what they are. "
         "With 7 a step of fewer than 8 rows is filled up to 8; 0 guesses none. Without it as many "
-        "as cost a CPU little: 7 in bfloat16 that it multiplies, else 3; on CUDA 0.",
+        "as cost a CPU little: 7 in bfloat16 that it multiplies, else 3; on CUDA, whose recorded "
+        "steps have none, 0.",
     )
     max_queue: int = Field(
         1024,

@@ -272,7 +272,7 @@ class Engine:
             error = ServeError("the server failed while computing this answer; try again")
             for item in batch.scheduled:
                 if item.request.request_id in self._requests:
-                    self._scheduler.finish(item.request)
+                    self._scheduler.abort(item.request.request_id)  # it may have ended, untold
                     self._deliver(item.request, [], error=error)
             with torch.inference_mode():
                 self._runner.check()  # if that fails too, so would every step: the engine ends

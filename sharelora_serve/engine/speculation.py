@@ -18,6 +18,9 @@ _LONGEST = 3
 
 _FIRST_LENGTH = 5  # of drafts, before any was checked
 
+# Tokens that are read at once, for which streams wait: of a longer text the beginning is left out.
+_MOST_READ = 4096
+
 
 class Speculator:
     """Fills small steps up with drafts of their streams' next tokens.
@@ -37,7 +40,7 @@ class Speculator:
         """Give streams of the batch drafts, each its share of the rows that are left.
 
         A stream has at most as many as its answer may still have tokens besides the one that the
-        step brings anyway, and none where there are no free KV blocks for them.
+        step brings anyway, and none that would take a KV block which others may need next.
         """
         num_left = self._max_rows - sum(item.num_tokens for item in batch.scheduled)
         streams = [
@@ -46,14 +49,15 @@ class Speculator:
             if item.needs_logits and item.request.output_ids
         ]
         for num_before, index in enumerate(streams):
-            share = num_left // (len(streams) - num_before)
-            if share <= 0:
-                continue
             item = batch.scheduled[index]
             request = item.request
+            share = -(-num_left // (len(streams) - num_before))
             most = min(share, request.sampling.max_tokens - len(request.output_ids) - 1)
-            draft = self._draft(request, most)
-            if draft and kv_cache.grow(request, item.num_tokens + len(draft)):
+            draft = self._draft(request, most) if most > 0 else []
+            end = request.num_tokens + len(draft)
+            num_free = kv_cache.num_free_blocks - kv_cache.num_missing_blocks(request, end)
+            if draft and num_free >= len(batch.scheduled):
+                kv_cache.grow(request, item.num_tokens + len(draft))
                 batch.scheduled[index] = replace(item, draft_ids=draft)
                 num_left -= len(draft)
                 self.num_drafted += len(draft)
@@ -77,25 +81,28 @@ class _Drafter:
         self._followed_at: dict[tuple[int, ...], int] = {}  # by tokens, what followed them last
         self._num_read = 0
         self._length = _FIRST_LENGTH
-        self._num_drafted = 0  # the last time
-        self._num_tokens = 0  # of the request, then
+        self._draft: list[int] = []  # the last one
+        self._drafted_at = 0  # where it was to stand
 
     def draft(self, request: Request, most: int) -> list[int]:
         """Up to so many tokens that may come next; none where nothing like it stood before."""
-        if self._num_drafted:
-            is_right = request.num_tokens > self._num_tokens + self._num_drafted
+        if self._draft:
+            end = self._drafted_at + len(self._draft)
+            is_right = request.tokens(self._drafted_at, end) == self._draft
             self._length = self._length + 2 if is_right else max(1, self._length - 1)
         self._read(request)
         self._length = min(self._length, max(_FIRST_LENGTH, most))
-        draft = self._look_up(request, min(self._length, most))
-        self._num_drafted, self._num_tokens = len(draft), request.num_tokens
-        return draft
+        self._draft = self._look_up(request, min(self._length, most))
+        self._drafted_at = request.num_tokens
+        return self._draft
 
     def _read(self, request: Request) -> None:
         """Take in what has come since; the last token has not been followed by any yet."""
-        start, end = max(0, self._num_read - _LONGEST), request.num_tokens
+        end = request.num_tokens
+        first = max(1, self._num_read, end - _MOST_READ)
+        start = max(0, first - _LONGEST)
         text = request.tokens(start, end)
-        for at in range(max(1, self._num_read), end):
+        for at in range(first, end):
             for length in range(1, min(_LONGEST, at) + 1):
                 self._followed_at[tuple(text[at - length - start : at - start])] = at
         self._num_read = end

@@ -214,9 +214,10 @@ def _list(page_ids: Any, width: Any, arena: Any, listed: Any, count: Any) -> Any
 
 @numba.njit(nogil=True)
 def _backwards(index: Any, count: Any, num_threads: Any) -> Any:
-    """A permutation of `count` tasks that turns every thread's run of them around.
+    """A permutation of `count` tasks that turns every thread's run of them around, or nearly so.
 
     What was fetched last for it is nearest; from the first on all would have left before its turn.
+    Where numba divides them otherwise, a few come in another place.
     """
     thread = index * num_threads // count
     first = -(-thread * count // num_threads)

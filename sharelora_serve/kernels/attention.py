@@ -31,18 +31,6 @@ def _rotate(head: Any, norm: Any, eps: Any, cosine: Any, sine: Any, scale: Any, 
         to[d + half] = (second * cosine[d] + first * sine[d]) * scale
 
 
-@numba.njit(nogil=True)
-def _clear_after(value: Any, at: Any) -> None:
-    """Zero what stands behind a sequence's last token in its last block of values.
-
-    It is left over from whoever had the block before, and masked, but zero times infinity is NaN.
-    """
-    for part in range(value.shape[0]):
-        for behind in range(at + 1, BLOCK_SIZE):
-            for lane in range(LANES):
-                value[part, behind, lane] = 0
-
-
 @numba.njit(nogil=True, fastmath={"contract", "reassoc", "nnan", "nsz"}, error_model="numpy")
 def _softmax(line: Any, low: Any, high: Any) -> None:
     """Softmax of line[low:high] in place, exact zeros elsewhere."""
@@ -142,8 +130,6 @@ def _store(
         for d in range(head_dim):
             old = value[d // LANES, at, d % LANES]
             value[d // LANES, at, d % LANES] = from_float(qkv[t, start + d], old)
-        if t + 1 == positions.shape[0] or row_sequence[t + 1] != row_sequence[t]:
-            _clear_after(value, at)
 
 
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
@@ -237,10 +223,19 @@ def attend(
                 block = (table[j] * kv_heads + low_head + h) * dim_blocks
                 for part in range(dim_blocks):
                     start = (block + part) * BLOCK_SIZE * LANES
-                    add_product(
-                        scores[h], column, rows, value_blocks, start, BLOCK_SIZE, total[h],
-                        part * LANES,
-                    )  # fmt: skip
+                    if positions[first] + 1 >= (j + 1) * BLOCK_SIZE:
+                        add_product(
+                            scores[h], column, rows, value_blocks, start, BLOCK_SIZE, total[h],
+                            part * LANES,
+                        )  # fmt: skip
+                        continue
+                    # What a row does not see may be infinite, and zero times that is NaN.
+                    for row in range(0, rows, group):
+                        seen = positions[first + row // group] + 1 - j * BLOCK_SIZE
+                        add_product(
+                            scores[h, row:], column, group, value_blocks, start,
+                            max(0, min(seen, BLOCK_SIZE)), total[h, row:], part * LANES,
+                        )  # fmt: skip
         for h in range(num_heads):
             for r in range(rows):
                 start = ((low_head + h) * group + r % group) * head_dim

@@ -116,7 +116,7 @@ class _EngineFigures(Collector):
             "draft_tokens": (stats.num_draft_tokens, "Tokens guessed ahead and checked."),
             "draft_tokens_accepted": (
                 stats.num_accepted_tokens,
-                "Tokens guessed ahead that were right, each a step saved.",
+                "Tokens guessed ahead after which the next was taken without another step.",
             ),
             "steps": (stats.num_steps, "Forward passes."),
             "merges": (stats.num_merges, "Adapters folded into the weights by --merge auto."),

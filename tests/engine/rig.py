@@ -222,6 +222,8 @@ class Rig:
     def check_books(self) -> None:
         self.kv_cache.check_integrity(self.requests)
         assert self.scheduler.num_running == len(self.running)
+        here = {entry.request for entry in self.scheduler._entries.values()}
+        assert self.scheduler.speculator._drafters.keys() <= here
         holders = Counter(request.adapter.digest for request in self.running if request.adapter)
         held = {digest: num for digest, num in self.shelf.num_holders.items() if num}
         assert held == holders

@@ -372,6 +372,7 @@ class SteppedEngine:
         assert (stats.num_running, stats.num_waiting, stats.kv_blocks_used) == (0, 0, 0)
         assert not engine._requests
         assert not engine._prompt_logprobs
+        assert not engine._scheduler.speculator._drafters
         num_held = self._num_held + (self.fold is not None)
         assert sum(entry.num_uses for entry in engine.adapters._entries.values()) == num_held
         self.pool.check_integrity()

@@ -13,9 +13,12 @@ from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter
 from sharelora_serve.engine.batch import ScheduledRequest
-from sharelora_serve.engine.request import FinishReason
+from sharelora_serve.engine.request import FinishReason, Request
+from sharelora_serve.engine.sampler import SampledToken
+from sharelora_serve.engine.speculation import Speculator
 from sharelora_serve.errors import (
     AdapterUnavailableError,
+    SamplingError,
     ServeError,
 )
 from tests.engine.stepping import SteppedEngine, TinyModel
@@ -154,6 +157,56 @@ def test_a_failing_step_fails_the_requests_in_its_batch_and_the_engine_goes_on(
             assert "injected" not in error.message  # what went wrong inside is for the log
         engine.drain()
         assert engine.answers["third"].token_ids == expected
+        assert greedy(engine, "share-ab") == expected
+
+
+class Scripted(Speculator):
+    """Drafts one request's answer, which it knows."""
+
+    def __init__(self, request_id: str, token_ids: list[int]) -> None:
+        super().__init__(8)
+        self._request_id = request_id
+        self._token_ids = token_ids
+
+    def _draft(self, request: Request, most: int) -> list[int]:
+        at = len(request.output_ids)
+        return self._token_ids[at : at + most] if request.request_id == self._request_id else []
+
+
+@pytest.mark.parametrize("is_told", [True, False])
+def test_what_fails_after_a_drafts_first_token_leaves_nothing_behind(
+    tiny: Tiny, monkeypatch: pytest.MonkeyPatch, is_told: bool
+) -> None:
+    with tiny.model.engine(NAMES) as engine:
+        expected = greedy(engine, "share-ab")
+    with tiny.model.engine(NAMES, speculator=Scripted("long", expected)) as engine:
+        sample = engine.engine._sampler.sample
+
+        def fail(logits: Tensor, requests: Sequence[Request]) -> list[SampledToken | ServeError]:
+            if [request.request_id for request in requests] != ["long"]:
+                return sample(logits, requests)
+            if is_told:
+                return [SamplingError("injected")]
+            raise RuntimeError("injected")
+
+        for request_id, max_tokens in (("long", 5), ("short", 2)):
+            engine.submit(
+                request_id, "share-ab", PROMPT[:20], max_tokens=max_tokens, temperature=0.0
+            )
+        while engine.engine.stats().num_running < 2 or not engine.answers["short"].outputs:
+            engine.step()
+        monkeypatch.setattr(engine.engine._sampler, "sample", fail)
+        engine.step()  # "short" ends with it, before the second token of "long" is chosen
+        monkeypatch.setattr(engine.engine._sampler, "sample", sample)
+        long, short = engine.answers["long"], engine.answers["short"]
+        assert long.finish_reason is FinishReason.ERROR
+        if is_told:
+            assert long.token_ids == expected[:2]
+            assert short.token_ids == expected[:2]
+            assert short.finish_reason is FinishReason.LENGTH
+        else:
+            assert short.finish_reason is FinishReason.ERROR
+        engine.check_that_nothing_is_held()
         assert greedy(engine, "share-ab") == expected
 
 

@@ -68,10 +68,10 @@ def test_nothing_is_guessed_where_nothing_like_it_stood_before() -> None:
 def test_rows_that_are_left_are_shared_by_the_streams() -> None:
     streams = [stream([number] * 9) for number in range(3)]
     speculator = Speculator(10)
-    assert sorted(map(len, drafts(speculator, *streams))) == [2, 2, 3]
+    assert list(map(len, drafts(speculator, *streams))) == [3, 2, 2]
     assert speculator.num_drafted == 7
     assert [len(draft) for draft in drafts(Speculator(3), *streams)] == [0, 0, 0]
-    assert [len(draft) for draft in drafts(Speculator(4), *streams)] == [0, 0, 1]
+    assert [len(draft) for draft in drafts(Speculator(4), *streams)] == [1, 0, 0]
 
 
 def test_a_stream_leaves_its_share_to_the_next_where_it_has_no_use_for_it() -> None:
@@ -91,10 +91,10 @@ def test_no_more_is_guessed_than_the_answer_may_still_have() -> None:
     assert drafts(Speculator(8), stream([5] * 9, max_tokens=2)) == [[]]
 
 
-def test_nothing_is_guessed_without_free_blocks_for_it() -> None:
-    assert drafts(Speculator(8), stream([5] * 15), num_blocks=2) == [[]]
-    assert drafts(Speculator(8), stream([5] * 15), num_blocks=3) == [[5] * 5]
-    assert drafts(Speculator(8), stream([5] * 11), num_blocks=2) == [[5] * 5]
+def test_nothing_is_guessed_for_which_a_stream_would_take_its_last_free_block() -> None:
+    assert drafts(Speculator(8), stream([5] * 15), num_blocks=3) == [[]]
+    assert drafts(Speculator(8), stream([5] * 15), num_blocks=4) == [[5] * 5]
+    assert drafts(Speculator(8), stream([5] * 11), num_blocks=3) == [[5] * 5]
 
 
 def test_drafts_grow_while_they_are_right_and_shrink_while_they_are_not() -> None:
@@ -108,5 +108,19 @@ def test_drafts_grow_while_they_are_right_and_shrink_while_they_are_not() -> Non
     for _ in range(12):
         (draft,) = drafts(speculator, request)
         lengths.append(len(draft))
-        request.output_ids.append(5)  # one token alone: not even the draft's first was right
-    assert lengths[6:] == [11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 1]
+        request.output_ids.append(5)  # one token alone, which is all of a draft of one
+    assert lengths[6:] == [11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 3]
+
+
+def test_a_draft_that_was_wrong_is_not_taken_for_right_after_steps_without_any() -> None:
+    request, speculator = stream([5] * 9, max_tokens=1000), Speculator(12)
+    assert drafts(speculator, request) == [[5] * 5]
+    request.output_ids += [6, 5, 5, 5, 5, 5, 5, 5, 5]
+    assert drafts(speculator, request) == [[5] * 4]
+
+
+def test_of_a_long_text_only_the_end_is_looked_up() -> None:
+    beginning, rest = [1, 2, 3, 4], list(range(10, 6000))
+    assert drafts(Speculator(3), stream([*beginning, *rest, 1, 2, 3]), num_blocks=1000) == [[]]
+    text = [*rest, *beginning, *range(6000, 7000), 1, 2, 3]
+    assert drafts(Speculator(3), stream(text), num_blocks=1000) == [[4, 6000]]

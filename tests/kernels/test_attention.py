@@ -290,6 +290,25 @@ def test_sequence_whose_numbers_overflow_leaves_those_beside_it_as_they_are(
     assert same_bits(torch.cat([beside[:37], beside[57:]]), alone)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("broken", [float("inf"), float("nan"), 6e4])
+@pytest.mark.parametrize("start", [0, 17, 30])
+def test_rows_before_one_that_overflows_are_as_they_are_without_it(
+    dtype: torch.dtype, broken: float, start: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cpu = PARTS["cpu"]
+    sequences = draw_sequences((4, 2, 24), [45], generator, has_norm=broken == 6e4)
+    outs = []
+    for _ in range(2):  # the second time as a draft that is wrong may be
+        cache = sequences.cache(cpu, dtype)
+        if start:
+            sequences.step(cpu, cache, [(0, 0, start)])
+        outs.append(sequences.step(cpu, cache, [(0, start, 45 - start)], task_rows=12))
+        sequences.qkv[0][36:] = broken
+    assert same_bits(outs[1][: 36 - start], outs[0][: 36 - start])
+
+
 def test_step_writes_to_no_block_but_its_own(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     sequences = draw_sequences((4, 2, 16), [60, 30, 45], generator)
