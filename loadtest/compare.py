@@ -148,9 +148,10 @@ class _Contest:
             new_tokens=(new_tokens - spread, new_tokens + spread),
             seed=number or 0,
         )
-        workload = draw("base" if contender.is_base else "distinct", settings)
         if case.questions and not is_warming:
             workload = ask_questions(BASE, new_tokens)
+        else:
+            workload = draw("base" if contender.is_base else "distinct", settings)
         with only(entry.server, (each.server for each in self._entries.values())):
             found = measure_whole(
                 entry.server.url, workload, endpoint=entry.endpoint, num_streams=case.streams

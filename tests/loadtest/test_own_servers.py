@@ -58,4 +58,4 @@ def test_compare_goes_on_without_peers_and_says_who_is_left_out(
     cases = json.loads((tmp_path / "compare.json").read_text())["cases"]
     measured = [case["server"] for case in cases if case["rounds"]]
     ours = list(dict.fromkeys((OURS, OURS_HALF)))
-    assert measured == [*ours, PEFT, MERGED, DRAFTING, MERGED, *ours]
+    assert measured == [*ours, PEFT, MERGED, DRAFTING, OURS, *ours]
