@@ -4,7 +4,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_CACHE_LINE = 64  # bytes
+CACHE_LINE = 64
+"""Bytes that come from memory together."""
 
 
 def streamed(num_elements: int, dtype: torch.dtype) -> Tensor:
@@ -14,6 +15,6 @@ def streamed(num_elements: int, dtype: torch.dtype) -> Tensor:
     to. numpy asks the system for huge pages, from 4 MiB on, which torch does not.
     """
     num_bytes = num_elements * dtype.itemsize
-    memory = np.empty(num_bytes + _CACHE_LINE, np.uint8)
-    start = -memory.ctypes.data % _CACHE_LINE
+    memory = np.empty(num_bytes + CACHE_LINE, np.uint8)
+    start = -memory.ctypes.data % CACHE_LINE
     return torch.from_numpy(memory[start : start + num_bytes]).view(dtype)

@@ -53,7 +53,9 @@ class Speculator:
             request = item.request
             share = -(-num_left // (len(streams) - num_before))
             most = min(share, request.sampling.max_tokens - len(request.output_ids) - 1)
-            draft = self._draft(request, most) if most > 0 else []
+            if most <= 0:
+                continue
+            draft = self._draft(request, most)
             end = request.num_tokens + len(draft)
             num_free = kv_cache.num_free_blocks - kv_cache.num_missing_blocks(request, end)
             if draft and num_free >= len(batch.scheduled):

@@ -11,13 +11,13 @@ import numpy as np
 
 from sharelora_serve.kernels.batch import PAGE_RANK
 from sharelora_serve.kernels.tiles import (
-    CACHE_LINE,
     LANES,
     STRETCH,
     make_product_tile,
     make_shrink_tile,
 )
 from sharelora_serve.kernels.vector import to_float
+from sharelora_serve.memory import CACHE_LINE
 
 _PIECE_ROWS = 6  # few enough that one long prompt occupies every core, enough to reuse a page
 

@@ -213,9 +213,9 @@ class CpuKernels:
     ) -> tuple[Any, Any]:
         """Keys (layers, blocks, kv_heads, dim, 16), values (..., kv_heads, dim / 16, 16, 16).
 
-        Both in blocks of 16 numbers that a product reads as packed weights; zeros, because what
-        is masked is still multiplied, by zero. Every page of memory is written now: a machine that
-        has too little tells so at the start, and the process does not grow under load.
+        Both in blocks of 16 numbers that a product reads as packed weights. Every page of memory
+        is written now: a machine that has too little tells so at the start, and the process does
+        not grow under load.
         """
         assert device.type == "cpu", "these kernels compute on a CPU"
         assert BLOCK_SIZE == LANES, "attention reads a block of keys as a block of weights"

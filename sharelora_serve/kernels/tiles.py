@@ -13,12 +13,10 @@ from numba.core import cgutils
 from numba.extending import intrinsic
 
 from sharelora_serve.kernels.vector import FLOAT, alignment, array, element, multiply_add, widen
+from sharelora_serve.memory import CACHE_LINE
 
 LANES = 16
 """Outputs that one vector holds; packed weights are stored in blocks of as many outputs."""
-
-CACHE_LINE = 64
-"""Bytes that memory is read by."""
 
 STRETCH = 1024
 """Bytes of one entry of a list of what to bring nearer."""
