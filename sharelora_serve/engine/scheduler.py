@@ -3,10 +3,10 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from sharelora_serve.adapters.adapter import AdapterVersion, PageTable
+from sharelora_serve.adapters.adapter import PageTable
 from sharelora_serve.adapters.residency import Waiting
+from sharelora_serve.engine.adapter_demand import AdapterDemand, AdapterSource
 from sharelora_serve.engine.batch import Batch, FailedRequest, ScheduledRequest
 from sharelora_serve.engine.fair_queue import OUTPUT_WEIGHT, PROMPT_WEIGHT, Entry, FairQueue
 from sharelora_serve.engine.kv_cache import KVCache
@@ -22,33 +22,6 @@ LOOK_AHEAD = 64
 _FAR_MORE = 2
 
 MAX_PAUSES = 4  # in a row, of a stream: they are short steps
-
-# For how many distinct adapters of queued requests, besides those asked for in the step itself,
-# loading is started. More would only push out adapters that are still in use.
-PREFETCH_AHEAD = 4
-
-
-class AdapterSource(Protocol):
-    """What the scheduler needs of the adapter cache. No call blocks."""
-
-    def acquire(self, version: AdapterVersion) -> PageTable | Waiting:
-        """Pages that stay until release, or why they are not there yet; ask again next step.
-
-        Raises ServeError when the adapter cannot be loaded at all.
-        """
-        ...
-
-    def release(self, version: AdapterVersion) -> None:
-        """Give back what one successful acquire gave."""
-        ...
-
-    def cancel(self, version: AdapterVersion) -> None:
-        """Forget that a queued request asked for it, or had it prefetched."""
-        ...
-
-    def prefetch(self, version: AdapterVersion) -> None:
-        """Start loading what a queued request will ask for, if there is room."""
-        ...
 
 
 @dataclass(slots=True)
@@ -93,6 +66,7 @@ class Scheduler:
         assert prefill_chunk >= 1, "without prompt tokens no request would ever start"
         self._kv_cache = kv_cache
         self._adapters = adapters
+        self._demand = AdapterDemand(adapters)
         self._max_running = max_running
         self._max_batch_tokens = max_batch_tokens
         self._prefill_chunk = prefill_chunk
@@ -103,7 +77,6 @@ class Scheduler:
         self._waiting = FairQueue()
         self._running: list[Entry] = []
         self._paused: dict[Request, int] = {}  # in the last step, for how many in a row
-        self._asked: dict[str, AdapterVersion] = {}  # by key: waited for or prefetched
         self._num_arrived = 0
         self.num_preemptions = 0  # since the start
         self.lacks_room = False  # whether the last step had no room for some request's adapter
@@ -258,7 +231,7 @@ class Scheduler:
                 self._charge_prompt(entry, num_tokens)
         self._paused = {} if first is None else self._pause_for(first, batch)
         self.lacks_room = Waiting.NO_ROOM in admission.asked.values()
-        self._load_ahead(admission.asked)
+        self._demand.load_ahead(self._waiting.in_order(LOOK_AHEAD), admission.asked)
 
     def _admit(self, entry: Entry, admission: _Admission) -> bool:
         """Move a waiting request to the running ones, if it may go now; it has no blocks yet."""
@@ -326,7 +299,7 @@ class Scheduler:
         pages: PageTable | Waiting | None = admission.asked.get(adapter.key)
         try:
             if pages is None:
-                pages = self._acquire(adapter)
+                pages = self._demand.acquire(adapter)
         except ServeError as error:
             self._remove(entry)
             admission.batch.failed.append(FailedRequest(entry.request, error))
@@ -375,34 +348,6 @@ class Scheduler:
         batch.scheduled.append(ScheduledRequest(request, num_tokens))
         return pausing
 
-    def _acquire(self, version: AdapterVersion) -> PageTable | Waiting:
-        self._asked.pop(version.key, None)
-        pages = self._adapters.acquire(version)
-        if isinstance(pages, Waiting):
-            self._asked[version.key] = version
-        return pages
-
-    def _load_ahead(self, asked: dict[str, Waiting]) -> None:
-        """Have the adapters loaded that the next waiting requests will need.
-
-        What was asked for others is let go of: it would keep the room. Behind a request that must
-        be next nothing is loaded any more: it needs the room first.
-        """
-        seen: set[str] = set()
-        num_prefetched = 0
-        for entry in self._waiting.in_order(LOOK_AHEAD):
-            version = entry.request.adapter
-            if version is not None and version.key not in seen:
-                seen.add(version.key)
-                if version.key not in asked and num_prefetched < PREFETCH_AHEAD:
-                    num_prefetched += 1
-                    self._asked[version.key] = version
-                    self._adapters.prefetch(version)
-            if entry.must_be_next:
-                break
-        for key in self._asked.keys() - seen:
-            self._adapters.cancel(self._asked.pop(key))
-
     def _remove(self, entry: Entry) -> None:
         """Forget a request and give back all it holds."""
         del self._entries[entry.request.request_id]
@@ -413,10 +358,10 @@ class Scheduler:
             return
         self._waiting.remove(entry)
         version = entry.request.adapter
-        if version is None or version.key not in self._asked:
+        if version is None or not self._demand.is_asked(version.key):
             return
         if not self._waiting.waits_for(version.key):
-            self._adapters.cancel(self._asked.pop(version.key))
+            self._demand.let_go(version.key)
 
     def _give_back(self, request: Request) -> None:
         """Release a running request's blocks and adapter."""

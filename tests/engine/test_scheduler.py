@@ -2,8 +2,8 @@
 
 import pytest
 
+from sharelora_serve.engine.adapter_demand import PREFETCH_AHEAD
 from sharelora_serve.engine.fair_queue import MAX_OVERTAKEN
-from sharelora_serve.engine.scheduler import PREFETCH_AHEAD
 from tests.engine.rig import VERSIONS, A, B, C, Rig, Shelf, alone
 
 
