@@ -34,7 +34,7 @@ from loadtest.peers import (
     VllmCpu,
     peft_tokens_per_second,
 )
-from loadtest.questions import ask_questions
+from loadtest.questions import QUESTIONS
 from loadtest.servers import Server, only, our_server, running
 from loadtest.workloads import Settings, adapter_name, draw
 from sharelora_serve.models.source import base_folder
@@ -140,18 +140,18 @@ class _Contest:
         spread = 0
         if case.is_waiting:  # streams that keep step would only tell how long a burst waits
             share, spread = 2 * share, new_tokens // 2
+        num_requests = max(1, int(self._plan.requests * share))
+        if contender.workload == "questions":
+            num_requests = len(QUESTIONS)
         settings = Settings(
             base=BASE,
-            num_requests=case.streams if is_warming else max(1, int(self._plan.requests * share)),
+            num_requests=case.streams if is_warming else num_requests,
             num_adapters=case.num_adapters,
             prompt_words=(_PROMPT_WORDS, _PROMPT_WORDS),
             new_tokens=(new_tokens - spread, new_tokens + spread),
             seed=number or 0,
         )
-        if case.questions and not is_warming:
-            workload = ask_questions(BASE, new_tokens)
-        else:
-            workload = draw("base" if contender.is_base else "distinct", settings)
+        workload = draw(contender.workload, settings)
         with only(entry.server, (each.server for each in self._entries.values())):
             found = measure_whole(
                 entry.server.url, workload, endpoint=entry.endpoint, num_streams=case.streams

@@ -23,10 +23,10 @@ PEFT = "PEFT generate, float32"
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """Who plays a case: a server by its name, with adapters or with its base alone."""
+    """Who plays a case: a server by its name, and the kind of workload."""
 
     server: str
-    is_base: bool = False
+    workload: str = "distinct"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,6 @@ class Case:
     """What is compared.
 
     read        the figure
-    questions   whether `ask_questions` is the workload, in place of random words
     aim         of ours, as a multiple of each contender's: at least, or at most if is_waiting
     contenders  ours first, of which the ratios are
     """
@@ -47,7 +46,6 @@ class Case:
     aims: Mapping[str, float]
     is_waiting: bool
     contenders: tuple[Contender, ...]
-    questions: bool = False
 
 
 def _throughput(found: Figures) -> float | None:
@@ -84,7 +82,7 @@ CASES = (
         contenders=(
             Contender(MERGED),
             Contender(LlamaCppOne.name),
-            Contender(LlamaCppBase.name, is_base=True),
+            Contender(LlamaCppBase.name, "base"),
         ),
     ),
     Case(
@@ -96,11 +94,10 @@ CASES = (
         aims={LlamaCppBase.name: 1.2},
         is_waiting=False,
         contenders=(
-            Contender(DRAFTING, is_base=True),
-            Contender(OURS, is_base=True),
-            Contender(LlamaCppBase.name, is_base=True),
+            Contender(DRAFTING, "questions"),
+            Contender(OURS, "questions"),
+            Contender(LlamaCppBase.name, "questions"),
         ),
-        questions=True,
     ),
     Case(
         name="first token at the 50th percentile, 16 streams over 16 adapters",

@@ -1,7 +1,5 @@
 """Ordinary questions, whose answers repeat themselves less than those to random words."""
 
-from loadtest.workload import Request, Workload
-
 _ASKED = (
     "Write a short story about a lighthouse keeper.",
     "Explain how photosynthesis works.",
@@ -22,10 +20,6 @@ _ASKED = (
 )
 
 # SmolLM2's chat template, written out: not every server is asked by its route for chats.
-_CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-
-
-def ask_questions(model: str, num_tokens: int) -> Workload:
-    """Each question once, in turn, for the beginning of an answer."""
-    asked = (Request(None, model, _CHAT.format(each), num_tokens, tenant=model) for each in _ASKED)
-    return Workload("questions", tuple(asked))
+QUESTIONS = tuple(
+    f"<|im_start|>user\n{asked}<|im_end|>\n<|im_start|>assistant\n" for asked in _ASKED
+)

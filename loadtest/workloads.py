@@ -7,11 +7,12 @@ Mixed ranks are not a kind of their own but any of these over adapters that
 import math
 import random
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
-from itertools import accumulate, islice
+from dataclasses import dataclass, replace
+from itertools import accumulate, cycle, islice
 from types import MappingProxyType
 
 from loadtest.client import random_prompt
+from loadtest.questions import QUESTIONS
 from loadtest.traffic import power_law
 from loadtest.workload import Request, Workload
 
@@ -128,6 +129,11 @@ def _base(settings: Settings) -> Iterator[Request]:
     return _asked(models, settings, random.Random(settings.seed))
 
 
+def _questions(settings: Settings) -> Iterator[Request]:
+    asked = cycle(QUESTIONS)
+    return (replace(request, prompt=next(asked)) for request in _base(settings))
+
+
 def _burst(settings: Settings) -> Iterator[Request]:
     """Every adapter has a tenant, who sends an equal share; the first one `flood` times that.
 
@@ -154,6 +160,7 @@ KINDS: Mapping[str, Callable[[Settings], Iterator[Request]]] = MappingProxyType(
         "slora": _slora,
         **{kind: _popular(kind) for kind in ("identical", "distinct", "uniform", "zipf")},
         "base": _base,
+        "questions": _questions,
         "burst": _burst,
     }
 )
