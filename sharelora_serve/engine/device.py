@@ -26,7 +26,7 @@ _FLASH_HEAD_DIM, _FLASH_HEAD_DIM_STEP = 256, 8
 _CPU_PREFILL_CHUNK, _CPU_PREFILL_PER_DECODE = 20, 2
 
 # With a stream's own row as many as a step takes hardly longer for, where the processor multiplies
-# bfloat16 and where it does not: `python -m loadtest step --streams 1,2,4,8` shows it.
+# bfloat16 and where it does not: `python -m loadtest step --streams 4` tells.
 _CPU_BFLOAT16_SPECULATIVE_TOKENS, _CPU_SPECULATIVE_TOKENS = 7, 3
 
 

@@ -219,11 +219,24 @@ def test_any_interleaving_gives_each_request_the_answer_it_gets_alone(alone: Alo
             [Ask("share-a", 0, 31, 2, "greedy")],
         ],
     )
+    @example(  # with room for drafts
+        room=Room(
+            num_blocks=9,
+            adapter_memory=16,
+            host_bytes=ROOMY_BYTES,
+            max_running=2,
+            spare_batch_tokens=40,
+            prefill_chunk=20,
+            prefix_caching=True,
+            speculative_rows=8,
+        ),
+        events=[[Ask(None, 0, 17, 14, "greedy"), Ask("lora", 1, 13, 14, "sampled hot")], 60],
+    )
     def run(room: Room, events: list[list[Ask] | Abort | int]) -> None:
         happened.update(check_interleaving(alone, room, events))
 
     run()
-    # Otherwise this would prove less than it says; the example alone has them all.
+    # Otherwise this would prove less than it says; the examples alone have them all.
     assert all(
         happened[what] > 0
         for what in ("preemptions", "evictions", "disk loads", "hits", "accepted", "rejected")
