@@ -115,9 +115,10 @@ class Scheduler:
         Every running request that decodes gets its one token. Prompts are computed in chunks with
         what is left of `max_batch_tokens`, those of running and of waiting requests in the order
         of the FairQueue. While any request decodes, prompt chunks take at most `prefill_chunk`
-        tokens together, or `prefill_per_decode` for each that decodes if those are more: so a long
-        prompt makes a step longer by a few times at most, and never stalls a stream. What is more
-        is not for clients that were served far more than another that runs, who would wait for it.
+        tokens together, or `prefill_per_decode` for each that decodes if those are more, whether or
+        not it is then preempted for a prompt: so a long prompt makes a step longer by a few times
+        at most, and never stalls a stream. What is more is not for clients that were served far
+        more than another that runs, who would wait for it.
 
         A waiting request is admitted when a place is free, its adapter's pages are there, and so
         are KV blocks for all its tokens besides those that running requests still need for their
