@@ -10,7 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from sharelora_serve.kernels.adapted import add_adapters, list_pages
-from sharelora_serve.kernels.attention import attend
+from sharelora_serve.kernels.attention import attend, make_items
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
 from sharelora_serve.kernels.cpu import CpuKernels, pages_of
 from sharelora_serve.kernels.elementwise import silu_and_multiply
@@ -134,6 +134,7 @@ class _Parts(ReferenceKernels):
         out: Tensor,
     ) -> Tensor:
         batch: AttentionBatch = places.rows
+        positions, tasks = batch.positions.numpy(), batch.tasks.numpy()
         self._timed.time(
             ATTENTION,
             attend,
@@ -143,11 +144,11 @@ class _Parts(ReferenceKernels):
             np.float32(eps),
             places.cosine.numpy(),
             places.sine.numpy(),
-            batch.positions.numpy(),
+            positions,
             batch.row_sequence.numpy(),
             batch.block_tables.numpy(),
-            batch.tasks.numpy(),
-            numba.get_num_threads(),
+            tasks,
+            make_items(tasks, positions, keys.shape[1], numba.get_num_threads()),
             np.int64(window),
             keys,
             values,

@@ -8,8 +8,8 @@ import numpy as np
 
 from sharelora_serve.kernels.batch import BLOCK_SIZE
 from sharelora_serve.kernels.elementwise import exp, norm_row
-from sharelora_serve.kernels.product import add_product, block_product
-from sharelora_serve.kernels.tiles import LANES, fetch_lines
+from sharelora_serve.kernels.product import NOTHING_AHEAD, add_product, block_product
+from sharelora_serve.kernels.tiles import LANES, STRETCH
 from sharelora_serve.kernels.vector import from_float
 
 _SHARES = 4
@@ -71,8 +71,8 @@ def _is_alone(first: Any, count: Any, row_sequence: Any) -> Any:
 
 
 @numba.njit(nogil=True)
-def _make_items(tasks: Any, positions: Any, kv_heads: Any, num_threads: Any) -> Any:
-    """(num_items, 4) of first row, number of rows, first kv head, end of kv heads.
+def make_items(tasks: Any, positions: Any, kv_heads: Any, num_threads: Any) -> Any:
+    """What `attend` does: (num_items, 4) of first row, number of rows, first kv head, end of those.
 
     One for each kv head of a task, but one for all where a single row is a small part of the work:
     its blocks, in which the heads stand side by side, are then read as they stand.
@@ -92,7 +92,46 @@ def _make_items(tasks: Any, positions: Any, kv_heads: Any, num_threads: Any) -> 
             items[num_items, 0], items[num_items, 1] = first, count
             items[num_items, 2], items[num_items, 3] = head, head + heads
             num_items += 1
-    return items[:num_items]
+    stride = _scattering_stride(num_items)
+    scattered = np.empty((num_items, 4), np.int64)
+    for index in range(num_items):
+        scattered[index] = items[index * stride % num_items]
+    return scattered
+
+
+@numba.njit(nogil=True)
+def _visible_blocks(item: Any, positions: Any, window: Any) -> Any:
+    """Which of its sequence's blocks an item reads: the first, and the end."""
+    first, last = positions[item[0]], positions[item[0] + item[1] - 1]
+    begin = max(0, first + 1 - window) // BLOCK_SIZE if window > 0 else 0
+    return begin, last // BLOCK_SIZE + 1
+
+
+@numba.njit(nogil=True)
+def _list_blocks(
+    item: Any,
+    positions: Any,
+    row_sequence: Any,
+    block_tables: Any,
+    window: Any,
+    keys: Any,
+    values: Any,
+) -> Any:
+    """Addresses of the keys and values that an item reads, STRETCH bytes after STRETCH bytes.
+
+    (num_stretches,) int64, block by block.
+    """
+    table = block_tables[row_sequence[item[0]]]
+    begin, end = _visible_blocks(item, positions, window)
+    head_size = keys[0, 0].size * keys.itemsize
+    each = -(-(item[3] - item[2]) * head_size // STRETCH)
+    listed = np.empty((end - begin, each, 2), np.int64)
+    for j in range(begin, end):
+        start = (np.int64(table[j]) * keys.shape[1] + item[2]) * head_size
+        for number in range(each):
+            listed[j - begin, number, 0] = keys.ctypes.data + start + number * STRETCH
+            listed[j - begin, number, 1] = values.ctypes.data + start + number * STRETCH
+    return listed.reshape(-1)
 
 
 @numba.njit(nogil=True)
@@ -144,7 +183,7 @@ def attend(
     row_sequence: Any,
     block_tables: Any,
     tasks: Any,
-    num_threads: Any,
+    items: Any,
     window: Any,
     keys: Any,
     values: Any,
@@ -175,11 +214,8 @@ def attend(
                     positions, row_sequence, block_tables, keys, values,
                 )  # fmt: skip
 
-    items = _make_items(tasks, positions, kv_heads, num_threads)
-    num_items = items.shape[0]
-    stride = _scattering_stride(num_items)
-    for index in numba.prange(num_items):
-        item = items[index * stride % num_items]
+    for index in numba.prange(items.shape[0]):
+        item = items[index]
         first, count, low_head, high_head = item[0], item[1], item[2], item[3]
         if _is_alone(first, count, row_sequence):
             for k in range(low_head, high_head):
@@ -189,10 +225,7 @@ def attend(
                 )  # fmt: skip
         table = block_tables[row_sequence[first]]
         rows, num_heads = count * group, high_head - low_head
-        begin = 0
-        if window > 0:
-            begin = max(0, positions[first] + 1 - window) // BLOCK_SIZE
-        end = positions[first + count - 1] // BLOCK_SIZE + 1
+        begin, end = _visible_blocks(item, positions, window)
         query = np.zeros((num_heads, rows, dim), np.float32)
         scores = np.empty((num_heads, rows, (end - begin) * BLOCK_SIZE), np.float32)
         total = np.zeros((num_heads, rows, dim), np.float32)
@@ -202,14 +235,22 @@ def attend(
                 here, start = positions[t], ((low_head + h) * group + g) * head_dim
                 given, rotated = qkv[t, start : start + head_dim], query[h, r, :head_dim]
                 _rotate(given, q_norm, eps, cosine[here], sine[here], scale, rotated)
+        # Arithmetic hides memory: every product of scores fetches its share of the next item's.
+        ahead = NOTHING_AHEAD
+        if index + 1 < items.shape[0]:
+            ahead = _list_blocks(
+                items[index + 1], positions, row_sequence, block_tables, window, keys, values
+            )
+        fetched, share, shares = 0, 0, (end - begin) * num_heads
         for j in range(begin, end):
             column = (j - begin) * BLOCK_SIZE
             for h in range(num_heads):
-                block = table[j] * kv_heads + low_head + h
-                if j + 1 < end:
-                    fetch_lines(keys, (table[j + 1] * kv_heads + low_head + h) * size, size)
+                start = (table[j] * kv_heads + low_head + h) * size
+                share += 1
+                listed = ahead[fetched : ahead.shape[0] * share // shares]
+                fetched += listed.shape[0]
                 block_product(
-                    query[h], rows, key_blocks, block * size, LANES, dim, scores[h], column
+                    query[h], rows, key_blocks, start, LANES, dim, scores[h], column, listed
                 )
         for h in range(num_heads):
             for r in range(rows):

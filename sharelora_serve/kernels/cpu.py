@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.kernels.adapted import Pages, add_adapters, list_pages, make_pieces
-from sharelora_serve.kernels.attention import attend
+from sharelora_serve.kernels.attention import attend, make_items
 from sharelora_serve.kernels.batch import BLOCK_SIZE, AdapterBatch, AttentionBatch
 from sharelora_serve.kernels.elementwise import add_and_norm, silu_and_multiply
 from sharelora_serve.kernels.layers import Buffers, LayerWeights
@@ -122,13 +122,14 @@ def _layers(
     num_threads: Any,
     pages: Any,
 ) -> None:
+    items = make_items(tasks, positions, keys.shape[2], num_threads)
     entry = 0
     for layer in range(windows.shape[0]):
         add_and_norm(x, delta, input_norm[layer], eps, normed)
         adapted_product(normed, w_qkv[layer], qkv_bias[layer], qkv, pages, entry, qkv_columns)
         attend(
             qkv, q_norm[layer], k_norm[layer], eps, cosine, sine,
-            positions, row_sequence, block_tables, tasks, num_threads, windows[layer],
+            positions, row_sequence, block_tables, tasks, items, windows[layer],
             keys[layer], values[layer], attended,
         )  # fmt: skip
         adapted_product(attended, w_o[layer], o_bias[layer], delta, pages, entry + 3, o_columns)

@@ -96,14 +96,18 @@ def block_product(
     depth: Any,
     out: Any,
     column: Any,
+    ahead: Any,
 ) -> None:
     """out[:rows, column:column + LANES] = x[:rows] times `depth` lines of LANES weights.
 
-    Line k begins at element start + k * stride of `weight`.
+    Line k begins at element start + k * stride of `weight`. What lies ahead is brought nearer.
     """
     for row in range(0, rows, _MOST_ROWS):
         count = min(_MOST_ROWS, rows - row)
-        _block_tile(x, row, count, 0, weight, start, stride, 0, depth, out, row, column, ())
+        _block_tile(
+            x, row, count, 0, weight, start, stride, 0, depth, out, row, column,
+            (ahead, 0, ahead.shape[0]),
+        )  # fmt: skip
 
 
 @numba.njit(nogil=True)
@@ -147,7 +151,10 @@ def _last_blocks(x: Any, weight: Any, first: Any, out: Any) -> None:
     """All rows of x times the blocks from `first` on, one by one."""
     for block in range(first, weight.shape[0]):
         start, stride = _place(weight, block)
-        block_product(x, x.shape[0], weight, start, stride, weight.shape[1], out, block * LANES)
+        block_product(
+            x, x.shape[0], weight, start, stride, weight.shape[1], out, block * LANES,
+            NOTHING_AHEAD,
+        )  # fmt: skip
 
 
 @numba.njit(parallel=True, nogil=True)

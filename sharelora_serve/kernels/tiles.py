@@ -259,23 +259,6 @@ def _sum_lanes(builder: Any, total: Any) -> Any:
     return builder.extract_element(total, lane(0))
 
 
-@intrinsic
-def fetch_lines(typingctx: Any, numbers: Any, start: Any, count: Any) -> Any:
-    """Bring `count` elements of a C-contiguous array nearer, from element `start` on."""
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        source = array(context, builder, signature, arguments, 0)
-        _, start, count = arguments
-        width = context.get_abi_sizeof(source.data.type.pointee)
-        with cgutils.for_range_slice(
-            builder, start, builder.add(start, count), start.type(CACHE_LINE // width)
-        ) as (at, _):
-            fetch(builder, builder.gep(source.data, [at]), TO_FIRST_LEVEL)
-        return context.get_dummy_value()
-
-    return types.void(numbers, types.intp, types.intp), emit
-
-
 def _fetch_listed(builder: Any, line: Any, addresses: Any, first: Any, last: Any) -> None:
     """Fetch the cache line of that number of what addresses[first:last] list, if there is one."""
     lines = line.type(STRETCH // CACHE_LINE)

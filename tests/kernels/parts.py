@@ -126,6 +126,9 @@ class CpuParts:
         values: Any,
         out: Tensor,
     ) -> None:
+        positions, tasks = batch.positions.numpy(), batch.tasks.numpy()
+        # Two threads, whatever the machine has: how rows are shared out depends on it.
+        items = attention.make_items(tasks, positions, keys.shape[1], 2)
         attention.attend(
             qkv.numpy(),
             q_norm.numpy(),
@@ -133,11 +136,11 @@ class CpuParts:
             np.float32(eps),
             cosine.numpy(),
             sine.numpy(),
-            batch.positions.numpy(),
+            positions,
             batch.row_sequence.numpy(),
             batch.block_tables.numpy(),
-            batch.tasks.numpy(),
-            2,  # threads, whatever the machine has: how rows are shared out depends on it
+            tasks,
+            items,
             window,
             keys,
             values,
