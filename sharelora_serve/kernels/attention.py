@@ -108,7 +108,7 @@ def _visible_blocks(item: Any, positions: Any, window: Any) -> Any:
 
 
 @numba.njit(nogil=True)
-def _list_blocks(
+def list_blocks(
     item: Any,
     positions: Any,
     row_sequence: Any,
@@ -238,7 +238,7 @@ def attend(
         # Arithmetic hides memory: every product of scores fetches its share of the next item's.
         ahead = NOTHING_AHEAD
         if index + 1 < items.shape[0]:
-            ahead = _list_blocks(
+            ahead = list_blocks(
                 items[index + 1], positions, row_sequence, block_tables, window, keys, values
             )
         fetched, share, shares = 0, 0, (end - begin) * num_heads

@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from sharelora_serve.kernels.attention import list_blocks, make_items
 from sharelora_serve.kernels.batch import BLOCK_SIZE
+from sharelora_serve.kernels.tiles import STRETCH
 from tests.kernels.batches import (
     DTYPES,
     attention_batch,
@@ -320,3 +322,38 @@ def test_step_writes_to_no_block_but_its_own(seed: int) -> None:
     for part, old in zip(cache, before, strict=True):
         changed = (part != old).any(axis=tuple(range(1, part.ndim))).nonzero()[0].tolist()
         assert sorted(changed) == sorted(sequences.blocks[2])
+
+
+@pytest.mark.parametrize("window", [0, 1, 20])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_listed_for_memory_to_bring_is_what_the_rows_of_an_item_see(
+    dtype: torch.dtype, form: tuple[int, int, int], window: int, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    _, kv_heads, head_dim = form
+    keys, values = empty_kv_cache(PARTS["cpu"], NUM_BLOCKS, kv_heads, head_dim, dtype)
+    starts = torch.randint(0, 40, (10,), generator=generator).tolist()
+    counts = [1] * 8 + [5, 30]  # small rows have an item for all heads, others one for each
+    ends = [start + count for start, count in zip(starts, counts, strict=True)]
+    tables = draw_block_tables(ends, NUM_BLOCKS, generator)
+    batch = attention_batch(list(zip(starts, counts, tables, strict=True)))
+    positions, row_sequence = batch.positions.numpy(), batch.row_sequence.numpy()
+    items = make_items(batch.tasks.numpy(), positions, kv_heads, 2)
+    assert {end - first for *_, first, end in items.tolist()} == {1, kv_heads}
+    size = keys[0, 0].size * keys.itemsize
+    for item in items:
+        first, count, low, high = item.tolist()
+        begin, end = positions[first], positions[first + count - 1] + 1
+        begin = max(0, begin + 1 - window) if window else 0
+        blocks = tables[row_sequence[first]][begin // BLOCK_SIZE : -(-end // BLOCK_SIZE)]
+        listed = list_blocks(
+            item, positions, row_sequence, batch.block_tables.numpy(), window, keys, values
+        )
+        expected = [
+            cache.ctypes.data + (block * kv_heads + low) * size + byte
+            for block in blocks
+            for byte in range(0, (high - low) * size, STRETCH)
+            for cache in (keys, values)
+        ]
+        assert listed.tolist() == expected
