@@ -18,6 +18,8 @@ from loadtest.workload import Request, Workload
 
 ZIPF = 1.5
 
+_OF_THE_BASE = ("base", "questions")  # kinds that ask no adapter
+
 
 @dataclass(frozen=True, slots=True)
 class Settings:
@@ -58,7 +60,7 @@ def draw(kind: str, settings: Settings) -> Workload:
     ):
         if not 1 <= least <= most:
             raise RuntimeError(f"{what}: {least} to {most} is no range of numbers from 1 on")
-    if kind != "base" and settings.num_adapters < 1:
+    if kind not in _OF_THE_BASE and settings.num_adapters < 1:
         raise RuntimeError(
             f"{kind} is a workload over adapters: give --num-adapters, of t000, t001, ... that the "
             "server has; `python -m loadtest adapters FOLDER` writes such"

@@ -142,6 +142,12 @@ def test_what_cannot_be_drawn_is_said(
         draw("slora", replace(settings, **changes))
 
 
+@pytest.mark.parametrize("kind", ["base", "questions"])
+def test_the_base_is_asked_where_there_are_no_adapters(kind: str, settings: Settings) -> None:
+    requests = draw(kind, replace(settings, num_adapters=0)).requests
+    assert {request.model for request in requests} == {settings.base}
+
+
 LINE = '{"arrival_seconds": null, "model": "a", "prompt": "b", "new_tokens": 1, "tenant": "c"}'
 
 
