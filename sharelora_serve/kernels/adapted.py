@@ -248,7 +248,8 @@ def add_adapters(
         first, count, adapter = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2]
         column, width = columns[module], columns[module + 1] - columns[module]
         lines = PAGE_RANK * width * arena.itemsize // CACHE_LINE
-        hidden = np.empty((count, PAGE_RANK), np.float32)
+        # Of one size, so that numba makes room once for all tasks of a thread.
+        hidden = np.empty((_PIECE_ROWS, PAGE_RANK), np.float32)
         for p in range(offsets[adapter, entry + module], offsets[adapter, entry + module + 1]):
             a, b = np.int64(pages.a_pages[p]), np.int64(pages.b_pages[p])
             ahead = b * PAGE_RANK * width
