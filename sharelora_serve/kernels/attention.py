@@ -72,10 +72,12 @@ def _is_alone(first: Any, count: Any, row_sequence: Any) -> Any:
 
 @numba.njit(nogil=True)
 def make_items(tasks: Any, positions: Any, kv_heads: Any, num_threads: Any) -> Any:
-    """What `attend` does: (num_items, 4) of first row, number of rows, first kv head, end of those.
+    """What `attend` does, in the order of its threads, each of which does a run of items.
 
-    One for each kv head of a task, but one for all where a single row is a small part of the work:
-    its blocks, in which the heads stand side by side, are then read as they stand.
+    (num_items, 5) of first row, number of rows, first kv head, end of those, and whether its
+    thread does the next item too. There is one for each kv head of a task, but one for all where a
+    single row is a small part of the work: its blocks, in which the heads stand side by side, are
+    then read as they stand.
     """
     num_tasks, shares = tasks.shape[0], _SHARES * num_threads
     total = 0
@@ -93,9 +95,11 @@ def make_items(tasks: Any, positions: Any, kv_heads: Any, num_threads: Any) -> A
             items[num_items, 2], items[num_items, 3] = head, head + heads
             num_items += 1
     stride = _scattering_stride(num_items)
-    scattered = np.empty((num_items, 4), np.int64)
+    scattered = np.empty((num_items, 5), np.int64)
     for index in range(num_items):
-        scattered[index] = items[index * stride % num_items]
+        scattered[index, :4] = items[index * stride % num_items]
+        thread = index * num_threads // num_items
+        scattered[index, 4] = (index + 1) * num_threads // num_items == thread
     return scattered
 
 
@@ -235,20 +239,19 @@ def attend(
                 here, start = positions[t], ((low_head + h) * group + g) * head_dim
                 given, rotated = qkv[t, start : start + head_dim], query[h, r, :head_dim]
                 _rotate(given, q_norm, eps, cosine[here], sine[here], scale, rotated)
-        # Arithmetic hides memory: every product of scores fetches its share of the next item's.
+        # Arithmetic hides memory: the products of scores fetch what the thread reads next.
         ahead = NOTHING_AHEAD
-        if index + 1 < items.shape[0]:
+        if item[4]:
             ahead = list_blocks(
                 items[index + 1], positions, row_sequence, block_tables, window, keys, values
             )
-        fetched, share, shares = 0, 0, (end - begin) * num_heads
+        shares = (end - begin) * num_heads
         for j in range(begin, end):
             column = (j - begin) * BLOCK_SIZE
             for h in range(num_heads):
                 start = (table[j] * kv_heads + low_head + h) * size
-                share += 1
-                listed = ahead[fetched : ahead.shape[0] * share // shares]
-                fetched += listed.shape[0]
+                share = ahead.shape[0] * ((j - begin) * num_heads + h)
+                listed = ahead[share // shares : (share + ahead.shape[0]) // shares]
                 block_product(
                     query[h], rows, key_blocks, start, LANES, dim, scores[h], column, listed
                 )

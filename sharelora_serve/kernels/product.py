@@ -34,7 +34,7 @@ _FEW_ROWS = 64
 """So many are rounded by one thread: waking the others takes as long."""
 
 NOTHING_AHEAD = np.empty(0, np.int64)
-"""For `product`: nothing of which memory is told."""
+"""Nothing of which memory is told."""
 
 _strip_tile = make_product_tile(_TALL, _STRIP, accumulate=False)
 _fetching_tile = make_product_tile(_TALL, _STRIP, accumulate=False, fetches=True)
@@ -100,13 +100,18 @@ def block_product(
 ) -> None:
     """out[:rows, column:column + LANES] = x[:rows] times `depth` lines of LANES weights.
 
-    Line k begins at element start + k * stride of `weight`. What lies ahead is brought nearer.
+    Line k begins at element start + k * stride of `weight`. Of what lies ahead every tile brings
+    its share nearer, up to `depth` lines of the cache.
     """
-    for row in range(0, rows, _MOST_ROWS):
+    tiles = -(-rows // _MOST_ROWS)
+    for tile in range(tiles):
+        row = tile * _MOST_ROWS
         count = min(_MOST_ROWS, rows - row)
+        first = ahead.shape[0] * tile // tiles
+        last = ahead.shape[0] * (tile + 1) // tiles
         _block_tile(
             x, row, count, 0, weight, start, stride, 0, depth, out, row, column,
-            (ahead, 0, ahead.shape[0]),
+            (ahead, first, last),
         )  # fmt: skip
 
 

@@ -340,10 +340,15 @@ def test_what_is_listed_for_memory_to_bring_is_what_the_rows_of_an_item_see(
     batch = attention_batch(list(zip(starts, counts, tables, strict=True)))
     positions, row_sequence = batch.positions.numpy(), batch.row_sequence.numpy()
     items = make_items(batch.tasks.numpy(), positions, kv_heads, 2)
-    assert {end - first for *_, first, end in items.tolist()} == {1, kv_heads}
+    assert {end - first for _, _, first, end, _ in items.tolist()} == {1, kv_heads}
+    # Either thread's last item is followed by one of the other, or by none.
+    assert [at for at, item in enumerate(items) if not item[4]] == [
+        -(-len(items) // 2) - 1,
+        len(items) - 1,
+    ]
     size = keys[0, 0].size * keys.itemsize
     for item in items:
-        first, count, low, high = item.tolist()
+        first, count, low, high, _ = item.tolist()
         begin, end = positions[first], positions[first + count - 1] + 1
         begin = max(0, begin + 1 - window) if window else 0
         blocks = tables[row_sequence[first]][begin // BLOCK_SIZE : -(-end // BLOCK_SIZE)]
