@@ -115,10 +115,9 @@ class Scheduler:
         Every running request that decodes gets its one token. Prompts are computed in chunks with
         what is left of `max_batch_tokens`, those of running and of waiting requests in the order
         of the FairQueue. While any request decodes, prompt chunks take at most `prefill_chunk`
-        tokens together, or `prefill_per_decode` for each that decodes if those are more, whether or
-        not it is then preempted for a prompt: so a long prompt makes a step longer by a few times
-        at most, and never stalls a stream. What is more is not for clients that were served far
-        more than another that runs, who would wait for it.
+        tokens together, or `prefill_per_decode` for each that decodes if those are more: so a long
+        prompt makes a step longer by a few times at most, and never stalls a stream. What is more
+        is not for clients that were served far more than another that runs, who would wait for it.
 
         A waiting request is admitted when a place is free, its adapter's pages are there, and so
         are KV blocks for all its tokens besides those that running requests still need for their
@@ -145,8 +144,7 @@ class Scheduler:
         num_decodes = self._schedule_decodes(batch)
         num_left, num_more = self._max_batch_tokens - num_decodes, 0
         if num_decodes:
-            chunk = max(self._prefill_chunk, self._prefill_per_decode * num_decodes)
-            num_left = min(num_left, chunk)
+            num_left = min(num_left, self._most_beside(num_decodes))
             num_more = max(0, num_left - self._prefill_chunk)
         may_admit = self.num_preemptions == num_preemptions
         self._schedule_prompts(batch, num_left, num_more, may_admit=may_admit)
@@ -213,7 +211,7 @@ class Scheduler:
         clients = {entry.request.client for entry in self._running}
         least = min(map(self._waiting.served, clients), default=0.0)
         started = [entry for entry in self._running if entry.request.num_uncomputed > 1]
-        first: ScheduledRequest | None = None
+        prompts: list[Request] = []
         for entry in self._waiting.in_order(LOOK_AHEAD, started):
             if num_left == 0:
                 break
@@ -225,14 +223,35 @@ class Scheduler:
             request = entry.request
             num_tokens = min(most, request.num_uncomputed)
             if self._make_room(entry, num_tokens, batch):
-                chunk = ScheduledRequest(request, num_tokens)
-                first = first or chunk
-                batch.scheduled.append(chunk)
+                prompts.append(request)
+                batch.scheduled.append(ScheduledRequest(request, num_tokens))
                 num_left -= num_tokens
                 self._charge_prompt(entry, num_tokens)
+        self._cut_chunks(batch, prompts)
+        # Unless it was preempted after it.
+        first = next((item for item in batch.scheduled if item.request in prompts[:1]), None)
         self._paused = {} if first is None else self._pause_for(first, batch)
         self.lacks_room = Waiting.NO_ROOM in admission.asked.values()
         self._demand.load_ahead(self._waiting.in_order(LOOK_AHEAD), admission.asked)
+
+    def _most_beside(self, num_decodes: int) -> int:
+        """Prompt tokens in a step beside so many streams, of which there is one at least."""
+        return max(self._prefill_chunk, self._prefill_per_decode * num_decodes)
+
+    def _cut_chunks(self, batch: Batch, prompts: list[Request]) -> None:
+        """Leave prompts what is theirs beside the streams that none of them preempted."""
+        num_decodes = sum(item.request not in prompts for item in batch.scheduled)
+        if not num_decodes:
+            return
+        scheduled, num_left = [], self._most_beside(num_decodes)
+        for item in batch.scheduled:
+            num_tokens = item.num_tokens
+            if item.request in prompts:
+                num_tokens = min(num_tokens, num_left)
+                num_left -= num_tokens
+            if num_tokens:
+                scheduled.append(ScheduledRequest(item.request, num_tokens))
+        batch.scheduled = scheduled
 
     def _admit(self, entry: Entry, admission: _Admission) -> bool:
         """Move a waiting request to the running ones, if it may go now; it has no blocks yet."""
@@ -336,9 +355,8 @@ class Scheduler:
             and self._had_far_more(self._entries[item.request.request_id], served)
         }
         num_missing = num_tokens - first.num_tokens
-        is_there = first in batch.scheduled  # and was not preempted after it
         is_worth_it = num_missing > 0 or self._are_rows_costly
-        if not (pausing and is_there and is_worth_it and num_missing <= len(pausing)):
+        if not (pausing and is_worth_it and num_missing <= len(pausing)):
             return {}
         if not self._kv_cache.grow(request, num_tokens):
             return {}

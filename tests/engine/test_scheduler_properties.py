@@ -105,9 +105,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         for stream in paused:
             assert any(turns[stream] > turns[request] for request in prompts)
         assert all(step[stream] == 1 for stream in streams if stream in step)
-        # Prompt tokens are counted before room is made for them: a preempted stream's stay.
-        if paused or any(stream in step for stream in streams):
-            most = max(rig.prefill_chunk, rig.prefill_per_decode * len(streams))
+        num_decodes = len(paused) + sum(stream in step for stream in streams)
+        if num_decodes:
+            most = max(rig.prefill_chunk, rig.prefill_per_decode * num_decodes)
             assert sum(map(step.__getitem__, prompts)) <= most + len(paused)
         self.count_overtaken([request for request in step if request not in self.admitted])
         self.admitted |= step.keys()
