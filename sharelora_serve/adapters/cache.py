@@ -20,6 +20,7 @@ from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pages import PoolFullError
 from sharelora_serve.adapters.pool import MatrixPool, Resident
 from sharelora_serve.adapters.residency import CacheStats, Entry, Tier, Waiting
+from sharelora_serve.adapters.staging import StagedAdapter
 from sharelora_serve.errors import AdapterUnavailableError, ServeError
 from sharelora_serve.priority import lower_priority
 
@@ -77,14 +78,14 @@ class AdapterCache:
         for thread in self._threads:
             thread.start()
 
-    def admit(self, version: AdapterVersion, adapter: Adapter | None = None) -> None:
-        """A name stands for the version from now on; `adapter` is its content, if at hand."""
+    def admit(self, version: AdapterVersion, staged: StagedAdapter | None = None) -> None:
+        """A name stands for the version from now on; `staged` is its content, if at hand."""
         with self._lock:
             entry = self._entries.setdefault(version.key, Entry(version))
             entry.num_names += 1
             entry.forget_failures()
-            if adapter is not None:
-                self._host.keep(entry, adapter)
+            if staged is not None:
+                self._host.keep(entry, staged)
 
     def dismiss(self, version: AdapterVersion) -> None:
         """A name no longer stands for it; it leaves when the last request is done with it."""
@@ -130,13 +131,13 @@ class AdapterCache:
             return {entry.version.digest for entry in self._entries.values() if entry.may_be_read}
 
     def adapter(self, version: AdapterVersion) -> Adapter:
-        """A known version's factors, read from disk in this thread if they are only there.
+        """A known version's factors, read from disk in this thread.
 
         Raises AdapterUnavailableError if the version is not known, and what reading raises.
         """
         with self._lock:
             entry = self._entry(version)
-        return self._content(entry)[0]
+        return self._read_named(entry)
 
     def bind(self, version: AdapterVersion) -> None:
         """Keep a version known for a request that may acquire it later, until `unbind`.
@@ -286,7 +287,7 @@ class AdapterCache:
             return
         del self._entries[entry.version.key]
         self._idle.pop(entry, None)
-        if entry.adapter is not None:
+        if entry.staged is not None:
             self._host.drop(entry)
         if entry.resident is not None:
             self._num_discarding += 1
@@ -358,24 +359,29 @@ class AdapterCache:
             self._rest(entry)
             self._settle(entry)
 
-    def _content(self, entry: Entry) -> tuple[Adapter, bool]:
-        """The entry's factors, and whether they were in host memory."""
+    def _read_named(self, entry: Entry) -> Adapter:
+        return replace(self._read(entry.version), name=entry.version.name)
+
+    def _stage(self, entry: Entry) -> tuple[StagedAdapter, bool]:
+        """The entry's adapter ready for the pool, and whether it was in host memory."""
         with self._lock:
-            if entry.adapter is not None:
+            if entry.staged is not None:
                 self._host.touch(entry)
-                return entry.adapter, True
-        adapter = replace(self._read(entry.version), name=entry.version.name)
+                return entry.staged, True
+        adapter = self._read_named(entry)
         with self._lock:
             self._disk_loads += 1
+        staged = self._pool.stage(adapter, self._layout)
+        with self._lock:
             if self._entries.get(entry.version.key) is entry:  # else it was forgotten meanwhile
-                self._host.keep(entry, adapter)
-        return adapter, False
+                self._host.keep(entry, staged)
+        return staged, False
 
     def _place(self, entry: Entry) -> tuple[Resident | None, bool]:
         """Place an adapter, evicting what may be evicted until it fits; None if it cannot now.
 
-        And whether it was in host memory. One that was refused before is neither read nor cast nor
-        hashed again until its factors find room: with many that wait, room for one is for one.
+        And whether it was in host memory. One that was refused before is not read again until its
+        factors find room: with many that wait, room for one is for one.
         """
         staged, is_from_host = None, False
         while True:
@@ -385,15 +391,14 @@ class AdapterCache:
                 if staged is None:
                     if factors is not None:
                         self._pool.check_room(factors)
-                    adapter, is_from_host = self._content(entry)
-                    staged = self._pool.stage(adapter, self._layout)
+                    staged, is_from_host = self._stage(entry)
                 return self._pool.place(staged), is_from_host
             except PoolFullError:
                 with self._lock:
                     victim = self._evict(entry)
                     if victim is None and self._epoch == epoch:
                         entry.refused_at = epoch
-                        entry.factors = factors if staged is None else tuple(staged.factors)
+                        entry.factors = factors if staged is None else staged.factors
                         if entry.num_pins:
                             self._homeless.add(entry)
                         if entry.is_wanted and not self._will_have_room(entry):

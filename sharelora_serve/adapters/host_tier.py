@@ -2,12 +2,12 @@
 
 from collections import OrderedDict
 
-from sharelora_serve.adapters.adapter import Adapter
 from sharelora_serve.adapters.residency import Entry
+from sharelora_serve.adapters.staging import StagedAdapter
 
 
 class HostTier:
-    """Keeps entries' adapters. Not thread-safe: the cache calls it with its lock held."""
+    """Keeps adapters ready for the pool. Not thread-safe: the cache calls it with its lock held."""
 
     def __init__(self, capacity_bytes: int) -> None:
         self.num_bytes = self.num_evictions = 0
@@ -17,11 +17,11 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._entries)
 
-    def keep(self, entry: Entry, adapter: Adapter) -> None:
+    def keep(self, entry: Entry, staged: StagedAdapter) -> None:
         """Keep an adapter if there is room for it, which others leave to it."""
-        num_bytes = adapter.num_bytes
-        if entry.adapter is None and num_bytes <= self._capacity_bytes:
-            entry.adapter, entry.host_bytes = adapter, num_bytes
+        num_bytes = staged.num_bytes
+        if entry.staged is None and num_bytes <= self._capacity_bytes:
+            entry.staged, entry.host_bytes = staged, num_bytes
             self._entries[entry] = None
             self.num_bytes += num_bytes
         while self.num_bytes > self._capacity_bytes:
@@ -35,5 +35,5 @@ class HostTier:
     def drop(self, entry: Entry) -> None:
         """Let go of an entry's adapter, which is here."""
         del self._entries[entry]
-        entry.adapter = None
+        entry.staged = None
         self.num_bytes -= entry.host_bytes

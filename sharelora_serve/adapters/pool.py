@@ -18,13 +18,11 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter, PageTable
-from sharelora_serve.adapters.cast import CastFactor, cast_factor
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK, PageAllocator, PoolFullError
 from sharelora_serve.adapters.staging import (
     FactorKey,
     StagedAdapter,
-    check_cast,
     distinct_factors,
     stage,
 )
@@ -94,6 +92,7 @@ class MatrixPool:
         self.arena = _new_arena(num_elements, dtype, torch.device(device))
         self._copies = CopyStream(self.arena.device) if self.arena.is_cuda else None
         self._feature_counts = sorted(set(feature_counts))
+        self._rows = {width: self.view(width).flatten(0, 1) for width in self._feature_counts}
         self._allocator = self._new_allocator()
         self.arena[: self._allocator.num_reserved].zero_()
         self._factors: dict[FactorKey, _Factor] = {}
@@ -112,7 +111,7 @@ class MatrixPool:
         return self.arena[: num_pages * PAGE_RANK * features].view(num_pages, PAGE_RANK, features)
 
     def pin(self, page_table: PageTable) -> None:
-        """Count on a resident never being released: `check` then refuses what fits only without."""
+        """Count on a resident never being released: `stage` then refuses what fits only without."""
         with self._lock:
             (resident,) = (r for r in self._residents if r.page_table is page_table)
             self._num_pinned += _page_counts(resident._factors)
@@ -123,18 +122,18 @@ class MatrixPool:
         with self._lock:
             return self._num_bytes(self._num_pinned)
 
-    def check(self, adapter: Adapter) -> None:
-        """Raise AdapterInvalidError if the dtype or an empty pool could not hold the adapter."""
-        check_cast(adapter, self.dtype)
-        self._check_fits(_pages_alone(adapter))
-
     def num_bytes_for(self, adapter: Adapter) -> int:
         """Bytes of the pages that the adapter takes in an empty pool, padding included."""
         return self._num_bytes(_pages_alone(adapter))
 
     def stage(self, adapter: Adapter, layout: BaseLayout) -> StagedAdapter:
-        """What `place` takes; see staging.stage. Changes nothing in the pool."""
-        return stage(adapter, layout, self.dtype, self._cast)
+        """What `place` takes; see staging.stage. Changes nothing in the pool.
+
+        Raises AdapterInvalidError if the dtype or an empty pool could not hold the adapter.
+        """
+        staged = stage(adapter, layout, self.dtype, self._host_memory)
+        self._check_fits(_page_counts(staged.factors))
+        return staged
 
     def check_room(self, factors: Collection[FactorKey]) -> None:
         """Raise as `place` does if an adapter of these factors found no room now."""
@@ -160,12 +159,13 @@ class MatrixPool:
                     self._factors[key].num_references += 1
                 self._num_expanded += staged.num_expanded
                 table = self._page_table(staged)
-                resident = Resident(table, tuple(staged.factors), staged.num_expanded)
+                resident = Resident(table, staged.factors, staged.num_expanded)
                 self._residents.add(resident)
             try:
                 with nullcontext() if self._copies is None else self._copies.copying():
-                    for key in new:
-                        self._write(key, staged.factors[key].rows)
+                    for key, rows in zip(staged.factors, staged.rows(), strict=True):
+                        if key in new:
+                            self._write(key, rows)
             except BaseException:
                 self.release(resident)
                 raise
@@ -222,9 +222,9 @@ class MatrixPool:
 
     def _allocate(
         self, factors: Collection[FactorKey]
-    ) -> tuple[list[FactorKey], dict[int, Iterator[int]]]:
+    ) -> tuple[dict[FactorKey, None], dict[int, Iterator[int]]]:
         """Those that are not there yet, and pages for them; raises as `place` does."""
-        new = [key for key in factors if key not in self._factors]
+        new = dict.fromkeys(key for key in factors if key not in self._factors)
         try:
             return new, self._allocator.allocate(_page_counts(new))
         except PoolFullError:
@@ -249,8 +249,9 @@ class MatrixPool:
         return elements * self.dtype.itemsize
 
     def _page_table(self, staged: StagedAdapter) -> PageTable:
-        a_pages = chain.from_iterable(self._factors[a].pages for a, _ in staged.pairs)
-        b_pages = chain.from_iterable(self._factors[b].pages for _, b in staged.pairs)
+        pages = [self._factors[key].pages for key in staged.factors]
+        a_pages = chain.from_iterable(pages[a] for a in staged.pairs[:, 0])
+        b_pages = chain.from_iterable(pages[b] for b in staged.pairs[:, 1])
         return PageTable(
             offsets=staged.offsets,
             a_pages=np.fromiter(a_pages, dtype=np.int32),
@@ -258,26 +259,24 @@ class MatrixPool:
             scaling=staged.scaling,
         )
 
-    def _cast(self, original: Tensor) -> CastFactor:
-        """In the pool's dtype, where the device copies it from."""
-        cast = cast_factor(original, self.dtype)
+    def _host_memory(self, num_elements: int) -> Tensor:
         if self._copies is None:
-            return cast._replace(rows=cast.rows.contiguous())
-        rows = self._copies.host_memory(cast.rows.shape, self.dtype)
-        return cast._replace(rows=rows.copy_(cast.rows))
+            return torch.empty(num_elements, dtype=self.dtype)
+        return self._copies.host_memory(num_elements, self.dtype)
 
     def _write(self, key: FactorKey, rows: Tensor) -> None:
         """Copy a factor into its pages, a run of neighbours at a time, and zero the padding."""
-        pages = self._factors[key].pages
-        view = self.view(key.features)
+        pages, view = self._factors[key].pages, self._rows[key.features]
         start = 0
         for end in range(1, len(pages) + 1):
             if end < len(pages) and pages[end] == pages[end - 1] + 1:
                 continue
-            run = view[pages[start] : pages[end - 1] + 1].view(-1, key.features)
-            source = rows[start * PAGE_RANK : end * PAGE_RANK]
-            run[: len(source)].copy_(source, non_blocking=True)
-            run[len(source) :].zero_()
+            run = view[pages[start] * PAGE_RANK : (pages[end - 1] + 1) * PAGE_RANK]
+            last = min(end * PAGE_RANK, key.rank)
+            if padding := end * PAGE_RANK - last:
+                run[-padding:].zero_()
+                run = run[:-padding]
+            run.copy_(rows[start * PAGE_RANK : last], non_blocking=True)
             start = end
 
 

@@ -19,6 +19,7 @@ from sharelora_serve.adapters.published import (
     check_not_uploaded,
     choose_version,
 )
+from sharelora_serve.adapters.staging import StagedAdapter
 from sharelora_serve.adapters.store import AdapterStore, StoredVersion
 from sharelora_serve.adapters.summary import AdapterSummary, summarise
 from sharelora_serve.errors import (
@@ -148,12 +149,12 @@ class AdapterRegistry:
         """
         check_name(name.name, self._layout.name, name.owner)
         check_expected(name, self._published.get(name), must_be_new, expected)
-        adapter = self._read(name, path)
+        adapter, staged = self._read(name, path)
         summary = summarise(adapter)
         with self._changing:
             previous = self._published.get(name)
             check_expected(name, previous, must_be_new, expected)
-            published = self._put(name, adapter, summary, previous)
+            published = self._put(name, adapter, staged, summary, previous)
         # Whoever uploads is about to ask; of a whole folder few are asked.
         self._cache.prefetch(published.version, is_reserved=False)
         return published
@@ -168,7 +169,7 @@ class AdapterRegistry:
         name = AdapterName(None, folder)
         check_name(folder, self._layout.name)
         check_not_uploaded(name, self._published.get(name))
-        adapter = self._read(name, path)
+        adapter, staged = self._read(name, path)
         summary = summarise(adapter)
         with self._changing:
             previous = self._published.get(name)
@@ -178,7 +179,7 @@ class AdapterRegistry:
                     return None
             finally:
                 self._has_changed.set()  # files of a version that no name has may be back
-            return self._put(name, adapter, summary, previous, fingerprint)
+            return self._put(name, adapter, staged, summary, previous, fingerprint)
 
     def remove(self, name: AdapterName, *, expected: str | None = None) -> None:
         """Forget a name and its versions; requests that run end on theirs.
@@ -232,11 +233,11 @@ class AdapterRegistry:
             digest = choose_version(self._store.versions(name), published.version.digest, version)
             # What cannot be read is not rolled back to.
             adapter = replace(self._store.read(digest), name=name.text)
-            self._pool.check(adapter)
+            staged = self._pool.stage(adapter, self._layout)
             num_bytes = self._bytes_to_pin(name, adapter) if published.is_pinned else 0
             self._store.roll_back(name, digest)
             new = replace(published, version=_version(name, digest), summary=summarise(adapter))
-            self._cache.admit(new.version, adapter)
+            self._cache.admit(new.version, staged)
             self._switch(published, new, num_bytes)
         self._cache.prefetch(new.version, is_reserved=False)
         return new
@@ -263,10 +264,11 @@ class AdapterRegistry:
         shown = repr(names[0].name) if names else "of that name"
         raise ModelNotFoundError(f"there is no adapter {shown}", param="name")
 
-    def _read(self, name: AdapterName, path: Path) -> Adapter:
+    def _read(self, name: AdapterName, path: Path) -> tuple[Adapter, StagedAdapter]:
+        """An adapter that can be served, and as the pool takes it."""
         try:
             adapter = read_adapter(path, self._layout, name=name.text)
-            self._pool.check(adapter)
+            return adapter, self._pool.stage(adapter, self._layout)
         except AdapterInvalidError as error:
             previous = self._published.get(name)
             if previous is None:
@@ -276,12 +278,12 @@ class AdapterRegistry:
                 "still being served.",
                 param=error.param,
             ) from None
-        return adapter
 
     def _put(
         self,
         name: AdapterName,
         adapter: Adapter,
+        staged: StagedAdapter,
         summary: AdapterSummary,
         previous: Published | None,
         fingerprint: str | None = None,
@@ -297,7 +299,7 @@ class AdapterRegistry:
         except StorageError:
             self._has_changed.set()  # it may have moved files in before the registry refused
             raise
-        self._cache.admit(version, adapter)
+        self._cache.admit(version, staged)
         is_from_folder = fingerprint is not None
         if previous is not None:
             is_from_folder = previous.is_from_folder

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from enum import Enum, StrEnum, auto
 
-from sharelora_serve.adapters.adapter import Adapter, AdapterVersion
+from sharelora_serve.adapters.adapter import AdapterVersion
 from sharelora_serve.adapters.pool import PoolStats, Resident
-from sharelora_serve.adapters.staging import FactorKey
+from sharelora_serve.adapters.staging import FactorKey, StagedAdapter
 
 # A load that failed is tried again after this many seconds, then after twice as many, and so on.
 _FIRST_RETRY_SECONDS = 0.5
@@ -63,7 +63,7 @@ class Entry:
     version: AdapterVersion  # as the first of its names has it
     num_names: int = 0  # names that stand for it now
     num_pins: int = 0  # those of them that are pinned
-    adapter: Adapter | None = None  # the host tier
+    staged: StagedAdapter | None = None  # the host tier
     host_bytes: int = 0
     resident: Resident | None = None  # the device tier
     num_uses: int = 0  # running requests; never evicted above 0
@@ -82,7 +82,7 @@ class Entry:
         """The fastest place that holds it."""
         if self.resident is not None:
             return Tier.DEVICE
-        return Tier.HOST if self.adapter is not None else Tier.DISK
+        return Tier.HOST if self.staged is not None else Tier.DISK
 
     @property
     def is_held(self) -> bool:

@@ -1,7 +1,7 @@
 """An adapter made ready for a pool: cast, hashed, and its page table laid out."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -41,70 +41,89 @@ class FactorKey(NamedTuple):
 class StagedAdapter:
     """An adapter cast and hashed for one pool, so that placing it again costs no second pass.
 
-    pairs         of A and B, in the order of the page table's entries
-    factors       every distinct one, in the pool's dtype on the host
+    One array holds all of it, and few objects: host memory keeps thousands, which the garbage
+    collector goes through.
+
+    factors       every distinct one
+    numbers       of the factors, one after the other, in the pool's dtype on the host
+    pairs         (num_pairs, 2) int32, A and B among the factors, by the page table's entries
     offsets       of the page table, as is scaling
     num_expanded  elements of the factors if every pair had its own: plain LoRA
     """
 
-    pairs: list[tuple[FactorKey, FactorKey]]
-    factors: dict[FactorKey, CastFactor] = field(repr=False)
+    factors: tuple[FactorKey, ...] = field(repr=False)
+    numbers: Tensor = field(repr=False)
+    pairs: npt.NDArray[np.int32] = field(repr=False)
     offsets: npt.NDArray[np.int32] = field(repr=False)
     scaling: npt.NDArray[np.float32] = field(repr=False)
     num_expanded: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Of host memory that the factors take."""
+        return self.numbers.untyped_storage().nbytes()
+
+    def rows(self) -> Iterator[Tensor]:
+        """The numbers of each factor, (rank, features)."""
+        sizes = [key.rank * key.features for key in self.factors]
+        for key, numbers in zip(self.factors, torch.split(self.numbers, sizes), strict=True):
+            yield numbers.view(key.rank, key.features)
 
 
 def stage(
     adapter: Adapter,
     layout: BaseLayout,
     dtype: torch.dtype,
-    cast_rows: Callable[[Tensor], CastFactor],
+    make_room: Callable[[int], Tensor],
 ) -> StagedAdapter:
     """Cast and hash an adapter's factors; AdapterInvalidError if the dtype cannot hold one.
 
     Refused are values that overflow, more than 1 % of a factor's nonzero values lost to
     underflow, and a rank row that int8 changes by a tenth.
 
-    cast_rows  to the pool's dtype, where the device copies them from
+    make_room  gives so many elements of host memory, from which the device copies
     """
-    keys: dict[tuple[int, str], FactorKey] = {}
-    factors: dict[FactorKey, CastFactor] = {}
+    originals = distinct_factors(adapter)
+    room = make_room(sum(original.numel() for _, original in originals.values()))
+    indices: dict[FactorKey, int] = {}
+    cast_factors: dict[tuple[int, str], tuple[int, CastFactor]] = {}
     lost: dict[str, str | None] = {}
-    for identity, (name, original) in distinct_factors(adapter).items():
-        cast = cast_rows(original)
+    end = 0
+    for identity, (name, original) in originals.items():
+        cast = cast_factor(original, dtype)
         lost[name] = cast.lost
-        content = hashlib.sha256(cast.rows.view(torch.uint8).numpy().data)
+        rows = room[end : end + original.numel()].view(original.shape).copy_(cast.rows)
+        content = hashlib.sha256(rows.view(torch.uint8).numpy().data)
         content.update(cast.scales.numpy().data)
-        keys[identity] = key = FactorKey(content.digest(), *cast.rows.shape)
-        factors.setdefault(key, cast)
+        key = FactorKey(content.digest(), *rows.shape)
+        if key not in indices:
+            indices[key] = len(indices)
+            end += original.numel()
+        cast_factors[identity] = indices[key], cast
     _refuse(adapter, dtype, lost)
-    pairs: list[tuple[FactorKey, FactorKey]] = []
+    pairs: list[tuple[int, int]] = []
     offsets = np.zeros(layout.num_entries + 1, dtype=np.int32)
-    scaling: list[npt.NDArray[np.float64]] = []
+    scales: list[tuple[Tensor, Tensor]] = []
+    pair_scaling: list[float] = []  # of each page
     num_expanded = 0
     for place, pair in sorted(adapter.pairs.items(), key=lambda item: layout.entry(*item[0])):
-        a, b = keys[id(pair.a), "lora_A"], keys[id(pair.b), "lora_B"]
-        assert a.rank == b.rank, "A and B differ in rank"
-        pairs.append((a, b))
-        offsets[layout.entry(*place) + 1] = a.num_pages
-        scales = factors[a].scales.double() * factors[b].scales.double()
-        scaling.append(pair.scaling * scales.numpy())
-        num_expanded += a.rank * (a.features + b.features)
+        index_a, a = cast_factors[id(pair.a), "lora_A"]
+        index_b, b = cast_factors[id(pair.b), "lora_B"]
+        assert len(a.rows) == len(b.rows), "A and B differ in rank"
+        pairs.append((index_a, index_b))
+        offsets[layout.entry(*place) + 1] = len(a.scales)
+        scales.append((a.scales, b.scales))
+        pair_scaling += [pair.scaling] * len(a.scales)
+        num_expanded += a.rows.numel() + b.rows.numel()
+    a_scales, b_scales = (torch.cat(side).double().numpy() for side in zip(*scales, strict=True))
     return StagedAdapter(
-        pairs,
-        factors,
+        tuple(indices),
+        room[:end],
+        np.array(pairs, np.int32),
         np.cumsum(offsets, dtype=np.int32),
-        np.concatenate(scaling).astype(np.float32),
+        (np.array(pair_scaling) * (a_scales * b_scales)).astype(np.float32),
         num_expanded,
     )
-
-
-def check_cast(adapter: Adapter, dtype: torch.dtype) -> None:
-    """Raise AdapterInvalidError if the dtype cannot hold the adapter; see `stage`."""
-    lost = {
-        name: cast_factor(rows, dtype).lost for name, rows in distinct_factors(adapter).values()
-    }
-    _refuse(adapter, dtype, lost)
 
 
 def distinct_factors(adapter: Adapter) -> dict[tuple[int, str], tuple[str, Tensor]]:

@@ -1,6 +1,6 @@
 """Adapters on their way to a GPU: a stream of their own, and page-locked memory to copy from."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -15,9 +15,11 @@ class CopyStream:
         self._stream = torch.cuda.Stream(device)
         self._kernels = torch.cuda.default_stream(device)
 
-    def host_memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    def host_memory(self, num_elements: int, dtype: torch.dtype) -> Tensor:
         """Page-locked memory, which the device reads by itself; torch uses it again once freed."""
-        return torch.empty(shape, dtype=dtype, pin_memory=True)
+        # Torch takes powers of two of it, so that the whole of one counts as taken.
+        room = torch.empty(1 << (num_elements - 1).bit_length(), dtype=dtype, pin_memory=True)
+        return room[:num_elements]
 
     @contextmanager
     def copying(self) -> Iterator[None]:

@@ -1,6 +1,7 @@
 """The command serve: its options are ServeConfig's fields."""
 
 import asyncio
+import gc
 import inspect
 import ipaddress
 import logging
@@ -75,6 +76,9 @@ def _run(config: ServeConfig, console: Console) -> None:
     configure_logging(config.log_level, config.log_format)
     loaded = load_engine(config, console)
     application = create_app(loaded, config)
+    # A full collection, in which all threads wait, need not go through what stays: 0.2 s of it.
+    gc.collect()
+    gc.freeze()
     server = _Server(
         uvicorn.Config(
             application,

@@ -140,7 +140,7 @@ class Shelf:
         adapter = read_adapter(path, LAYOUT, name=name)
         self._paths[adapter.digest] = path
         version = AdapterVersion(name, adapter.digest)
-        self.cache.admit(version, adapter)
+        self.cache.admit(version, self.pool.stage(adapter, LAYOUT))
         self.remove(name)
         self.names[name] = version
         return version

@@ -153,6 +153,22 @@ def test_host_memory_is_bounded_and_what_left_it_is_read_from_disk_again(
     assert stats.host_bytes <= BYTES
 
 
+def test_what_is_on_the_host_is_neither_read_nor_cast_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Shelf(tmp_path, pool_bytes=ROOM_FOR_TWO, host_bytes=1 << 20) as shelf:
+        contents = {"one": ONE, "two": TWO, "three": THREE}
+        versions = {name: shelf.publish(name, content) for name, content in contents.items()}
+        for name, content in contents.items():
+            shutil.rmtree(shelf.path(name, content))
+        monkeypatch.setattr(shelf.pool, "stage", None)
+        for name in [*contents] * 2:
+            shelf.assert_reads_back(shelf.load(versions[name]), contents[name])
+            shelf.cache.release(versions[name])
+        stats = shelf.cache.stats()
+        assert (stats.disk_loads, stats.host_hits, stats.failures) == (0, 6, 0)
+
+
 def test_host_lets_go_of_what_was_loaded_longest_ago(tmp_path: Path) -> None:
     with Shelf(tmp_path, pool_bytes=ROOM_FOR_TWO, host_bytes=2 * BYTES) as shelf:
         first, second = shelf.publish("one", ONE), shelf.publish("two", TWO)
@@ -234,9 +250,9 @@ def test_unbinding_too_often_is_a_bug_that_is_seen(shelf: Shelf) -> None:
         shelf.cache.unbind(version)
 
 
-def test_factors_of_a_version_come_from_host_memory_or_from_disk(forgetful: Shelf) -> None:
+def test_factors_of_a_version_come_from_disk(forgetful: Shelf) -> None:
     first, second = forgetful.publish("one", ONE), forgetful.publish("two", TWO)
-    for version in (first, second, first):  # there is room for one on the host
+    for version in (first, second):  # there is room for one on the host
         assert forgetful.cache.adapter(version).digest == version.digest
     shutil.rmtree(forgetful.path("two", TWO))
     with pytest.raises(AdapterInvalidError, match="'two' cannot be served"):

@@ -235,16 +235,26 @@ def test_one_tensor_used_as_a_and_as_b_is_read_in_each_orientation() -> None:
     assert torch.equal(pool.view(8)[table.b_pages[0]], square.T)
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_staged_adapter_is_memory_of_its_own_and_no_more_than_its_factors(form: str) -> None:
+    pool = MatrixPool(1 << 20, LAYOUT.feature_counts, torch.float32, "cpu")
+    adapter, read = make_adapter(form, seed=1), make_adapter(form, seed=1)
+    staged = pool.stage(read, LAYOUT)
+    assert staged.num_bytes == adapter.num_bytes
+    for pair in read.pairs.values():
+        pair.a.zero_(), pair.b.zero_()
+    assert_reads_back(pool, pool.place(staged), adapter)
+
+
 def test_adapter_larger_than_the_pool_is_refused_for_good() -> None:
     pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.float32, "cpu")
     huge = make_adapter(rank=lambda _: 64)
-    for refuse in (lambda: add(pool, huge, LAYOUT), lambda: pool.check(huge)):
-        with pytest.raises(AdapterInvalidError, match="--adapter-memory"):
-            refuse()
+    with pytest.raises(AdapterInvalidError, match="--adapter-memory"):
+        pool.stage(huge, LAYOUT)
     small = make_adapter("ShareAB", modules=("self_attn.q_proj",))
     resident = add(pool, small, LAYOUT)
     with pytest.raises(AdapterInvalidError):  # also while others are in the way
-        add(pool, huge, LAYOUT)
+        pool.stage(huge, LAYOUT)
     assert_reads_back(pool, resident, small)
 
 
@@ -253,11 +263,13 @@ def test_adapter_that_fits_only_without_a_pinned_one_is_refused_for_good() -> No
     needed = MatrixPool(1 << 20, LAYOUT.feature_counts, torch.float32, "cpu").num_bytes_for(pinned)
     pool = MatrixPool(needed * 3 // 2, LAYOUT.feature_counts, torch.float32, "cpu")
     resident = add(pool, pinned, LAYOUT)
-    pool.check(other)  # it may come once the first has gone
+    staged = pool.stage(other, LAYOUT)  # it may come once the first has gone
     pool.pin(resident.page_table)
     with pytest.raises(AdapterInvalidError, match="for the merged adapter"):
-        pool.check(other)
-    pool.check(make_adapter("ShareAB", modules=("self_attn.q_proj",)))
+        pool.stage(other, LAYOUT)
+    with pytest.raises(AdapterInvalidError, match="for the merged adapter"):
+        pool.place(staged)  # what was staged before
+    pool.stage(make_adapter("ShareAB", modules=("self_attn.q_proj",)), LAYOUT)
 
 
 def test_pool_too_small_for_any_page_names_the_flag() -> None:

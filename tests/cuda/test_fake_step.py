@@ -1,7 +1,7 @@
 """All that a server does on a GPU, of every base, on one that stores nothing: see fake_device."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -36,8 +36,8 @@ class CopiesAtOnce:
     def __init__(self, device: torch.device) -> None:
         assert device.type == "cuda"
 
-    def host_memory(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype)
+    def host_memory(self, num_elements: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(num_elements, dtype=dtype)
 
     def copying(self) -> Any:
         return nullcontext()

@@ -45,7 +45,7 @@ def test_pages_are_written_after_the_kernels_that_read_them_and_there_when_place
     monkeypatch.setattr(
         copies,
         "host_memory",
-        lambda *shape_and_dtype: torch.empty(shape_and_dtype[0], dtype=shape_and_dtype[1]),
+        lambda num_elements, dtype: torch.empty(num_elements, dtype=dtype),
     )
     layout, generator = LAYOUTS["odd"], torch.Generator().manual_seed(seed)
     pool = MatrixPool(8 << 20, layout.feature_counts, torch.float16, "cpu")

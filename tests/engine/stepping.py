@@ -202,10 +202,10 @@ class TinyModel:
 
         def publish(name: str, folder: Path) -> AdapterVersion:
             adapter = read_adapter(folder, self.layout, name=name)
-            pool.check(adapter)
+            staged = pool.stage(adapter, self.layout)
             version, previous = AdapterVersion(name, adapter.digest), versions.get(name)
             versions[name], folders[adapter.digest] = version, folder
-            adapters.admit(version, adapter)
+            adapters.admit(version, staged)
             if previous is not None:
                 adapters.dismiss(previous)
             return version
