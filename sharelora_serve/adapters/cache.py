@@ -2,8 +2,8 @@
 
 What is loaded from disk is in both tiers above it; each is bounded in bytes, and the least recently
 used leave first.
-What runs on the engine thread only looks up and counts: files are read, factors hashed and pages
-written by loader threads.
+What runs on the engine thread only looks up and counts: files are read, factors cast and hashed,
+and pages written by loader threads.
 """
 
 import logging
@@ -137,7 +137,7 @@ class AdapterCache:
         """
         with self._lock:
             entry = self._entry(version)
-        return self._read_named(entry)
+        return self._read_from_disk(entry)
 
     def bind(self, version: AdapterVersion) -> None:
         """Keep a version known for a request that may acquire it later, until `unbind`.
@@ -359,7 +359,7 @@ class AdapterCache:
             self._rest(entry)
             self._settle(entry)
 
-    def _read_named(self, entry: Entry) -> Adapter:
+    def _read_from_disk(self, entry: Entry) -> Adapter:
         return replace(self._read(entry.version), name=entry.version.name)
 
     def _stage(self, entry: Entry) -> tuple[StagedAdapter, bool]:
@@ -368,7 +368,7 @@ class AdapterCache:
             if entry.staged is not None:
                 self._host.touch(entry)
                 return entry.staged, True
-        adapter = self._read_named(entry)
+        adapter = self._read_from_disk(entry)
         with self._lock:
             self._disk_loads += 1
         staged = self._pool.stage(adapter, self._layout)

@@ -111,7 +111,7 @@ class MatrixPool:
         return self.arena[: num_pages * PAGE_RANK * features].view(num_pages, PAGE_RANK, features)
 
     def pin(self, page_table: PageTable) -> None:
-        """Count on a resident never being released: `stage` then refuses what fits only without."""
+        """Count on a resident never being released: `check` then refuses what fits only without."""
         with self._lock:
             (resident,) = (r for r in self._residents if r.page_table is page_table)
             self._num_pinned += _page_counts(resident._factors)
@@ -127,13 +127,13 @@ class MatrixPool:
         return self._num_bytes(_pages_alone(adapter))
 
     def stage(self, adapter: Adapter, layout: BaseLayout) -> StagedAdapter:
-        """What `place` takes; see staging.stage. Changes nothing in the pool.
+        """What `place` takes; see staging.stage. Changes nothing in the pool."""
+        return stage(adapter, layout, self.dtype)
 
-        Raises AdapterInvalidError if the dtype or an empty pool could not hold the adapter.
-        """
-        staged = stage(adapter, layout, self.dtype, self._host_memory)
-        self._check_fits(_page_counts(staged.factors))
-        return staged
+    def check(self, staged: StagedAdapter) -> None:
+        """Raise AdapterInvalidError if an empty pool could not hold the adapter."""
+        with self._lock:
+            self._check_fits(_page_counts(staged.factors))
 
     def check_room(self, factors: Collection[FactorKey]) -> None:
         """Raise as `place` does if an adapter of these factors found no room now."""
@@ -163,9 +163,11 @@ class MatrixPool:
                 self._residents.add(resident)
             try:
                 with nullcontext() if self._copies is None else self._copies.copying():
-                    for key, rows in zip(staged.factors, staged.rows(), strict=True):
+                    sizes = [key.rank * key.features for key in staged.factors]
+                    parts = self._to_copy_from(staged.numbers).split_with_sizes(sizes)
+                    for key, numbers in zip(staged.factors, parts, strict=True):
                         if key in new:
-                            self._write(key, rows)
+                            self._write(key, numbers.view(key.rank, key.features))
             except BaseException:
                 self.release(resident)
                 raise
@@ -232,7 +234,7 @@ class MatrixPool:
             raise
 
     def _check_fits(self, counts: Mapping[int, int]) -> None:
-        """Raise AdapterInvalidError if an empty pool of this size had no room."""
+        """With the lock held: AdapterInvalidError if an empty pool of this size had no room."""
         try:
             self._new_allocator().allocate(self._num_pinned + Counter(counts))
         except PoolFullError:
@@ -259,10 +261,8 @@ class MatrixPool:
             scaling=staged.scaling,
         )
 
-    def _host_memory(self, num_elements: int) -> Tensor:
-        if self._copies is None:
-            return torch.empty(num_elements, dtype=self.dtype)
-        return self._copies.host_memory(num_elements, self.dtype)
+    def _to_copy_from(self, numbers: Tensor) -> Tensor:
+        return numbers if self._copies is None else self._copies.page_locked(numbers)
 
     def _write(self, key: FactorKey, rows: Tensor) -> None:
         """Copy a factor into its pages, a run of neighbours at a time, and zero the padding."""

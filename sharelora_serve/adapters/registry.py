@@ -233,7 +233,7 @@ class AdapterRegistry:
             digest = choose_version(self._store.versions(name), published.version.digest, version)
             # What cannot be read is not rolled back to.
             adapter = replace(self._store.read(digest), name=name.text)
-            staged = self._pool.stage(adapter, self._layout)
+            staged = self._stage(adapter)
             num_bytes = self._bytes_to_pin(name, adapter) if published.is_pinned else 0
             self._store.roll_back(name, digest)
             new = replace(published, version=_version(name, digest), summary=summarise(adapter))
@@ -268,7 +268,7 @@ class AdapterRegistry:
         """An adapter that can be served, and as the pool takes it."""
         try:
             adapter = read_adapter(path, self._layout, name=name.text)
-            return adapter, self._pool.stage(adapter, self._layout)
+            return adapter, self._stage(adapter)
         except AdapterInvalidError as error:
             previous = self._published.get(name)
             if previous is None:
@@ -278,6 +278,12 @@ class AdapterRegistry:
                 "still being served.",
                 param=error.param,
             ) from None
+
+    def _stage(self, adapter: Adapter) -> StagedAdapter:
+        """The adapter as the pool takes it; AdapterInvalidError if that could not hold it."""
+        staged = self._pool.stage(adapter, self._layout)
+        self._pool.check(staged)
+        return staged
 
     def _put(
         self,

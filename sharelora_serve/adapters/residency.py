@@ -33,7 +33,7 @@ class CacheStats:
 
     device_hits        acquires that found the adapter on the device without waiting
     host_hits          loads from host memory to the device
-    disk_loads         adapters read from disk to host memory
+    disk_loads         adapters read from disk to be loaded
     device_evictions   adapters whose pages made room for another's
     host_evictions     adapters that left host memory for another
     failures           loads that failed

@@ -1,7 +1,7 @@
 """An adapter made ready for a pool: cast, hashed, and its page table laid out."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.adapters.adapter import Adapter
-from sharelora_serve.adapters.cast import CastFactor, cast_factor
+from sharelora_serve.adapters.cast import cast_factor
 from sharelora_serve.adapters.layout import BaseLayout
 from sharelora_serve.adapters.pages import PAGE_RANK
 from sharelora_serve.errors import AdapterInvalidError
@@ -41,11 +41,8 @@ class FactorKey(NamedTuple):
 class StagedAdapter:
     """An adapter cast and hashed for one pool, so that placing it again costs no second pass.
 
-    One array holds all of it, and few objects: host memory keeps thousands, which the garbage
-    collector goes through.
-
     factors       every distinct one
-    numbers       of the factors, one after the other, in the pool's dtype on the host
+    numbers       of the factors, one after the other, in the pool's dtype: host memory of its own
     pairs         (num_pairs, 2) int32, A and B among the factors, by the page table's entries
     offsets       of the page table, as is scaling
     num_expanded  elements of the factors if every pair had its own: plain LoRA
@@ -63,30 +60,18 @@ class StagedAdapter:
         """Of host memory that the factors take."""
         return self.numbers.untyped_storage().nbytes()
 
-    def rows(self) -> Iterator[Tensor]:
-        """The numbers of each factor, (rank, features)."""
-        sizes = [key.rank * key.features for key in self.factors]
-        for key, numbers in zip(self.factors, torch.split(self.numbers, sizes), strict=True):
-            yield numbers.view(key.rank, key.features)
 
-
-def stage(
-    adapter: Adapter,
-    layout: BaseLayout,
-    dtype: torch.dtype,
-    make_room: Callable[[int], Tensor],
-) -> StagedAdapter:
+def stage(adapter: Adapter, layout: BaseLayout, dtype: torch.dtype) -> StagedAdapter:
     """Cast and hash an adapter's factors; AdapterInvalidError if the dtype cannot hold one.
 
     Refused are values that overflow, more than 1 % of a factor's nonzero values lost to
     underflow, and a rank row that int8 changes by a tenth.
-
-    make_room  gives so many elements of host memory, from which the device copies
     """
     originals = distinct_factors(adapter)
-    room = make_room(sum(original.numel() for _, original in originals.values()))
+    room = torch.empty(sum(rows.numel() for _, rows in originals.values()), dtype=dtype)
     indices: dict[FactorKey, int] = {}
-    cast_factors: dict[tuple[int, str], tuple[int, CastFactor]] = {}
+    scales: dict[FactorKey, Tensor] = {}
+    keys: dict[tuple[int, str], FactorKey] = {}
     lost: dict[str, str | None] = {}
     end = 0
     for identity, (name, original) in originals.items():
@@ -96,32 +81,32 @@ def stage(
         content = hashlib.sha256(rows.view(torch.uint8).numpy().data)
         content.update(cast.scales.numpy().data)
         key = FactorKey(content.digest(), *rows.shape)
+        keys[identity] = key
         if key not in indices:
-            indices[key] = len(indices)
+            indices[key], scales[key] = len(indices), cast.scales
             end += original.numel()
-        cast_factors[identity] = indices[key], cast
     _refuse(adapter, dtype, lost)
-    pairs: list[tuple[int, int]] = []
+    pairs: list[tuple[FactorKey, FactorKey]] = []
     offsets = np.zeros(layout.num_entries + 1, dtype=np.int32)
-    scales: list[tuple[Tensor, Tensor]] = []
-    pair_scaling: list[float] = []  # of each page
+    scaling: list[float] = []  # of each page, the numbers' own scales apart
     num_expanded = 0
     for place, pair in sorted(adapter.pairs.items(), key=lambda item: layout.entry(*item[0])):
-        index_a, a = cast_factors[id(pair.a), "lora_A"]
-        index_b, b = cast_factors[id(pair.b), "lora_B"]
-        assert len(a.rows) == len(b.rows), "A and B differ in rank"
-        pairs.append((index_a, index_b))
-        offsets[layout.entry(*place) + 1] = len(a.scales)
-        scales.append((a.scales, b.scales))
-        pair_scaling += [pair.scaling] * len(a.scales)
-        num_expanded += a.rows.numel() + b.rows.numel()
-    a_scales, b_scales = (torch.cat(side).double().numpy() for side in zip(*scales, strict=True))
+        a, b = keys[id(pair.a), "lora_A"], keys[id(pair.b), "lora_B"]
+        assert a.rank == b.rank, "A and B differ in rank"
+        pairs.append((a, b))
+        offsets[layout.entry(*place) + 1] = a.num_pages
+        scaling += [pair.scaling] * a.num_pages
+        num_expanded += a.rank * (a.features + b.features)
+    a_scales, b_scales = (
+        torch.cat([scales[key] for key in side]).double().numpy()
+        for side in zip(*pairs, strict=True)
+    )
     return StagedAdapter(
         tuple(indices),
         room[:end],
-        np.array(pairs, np.int32),
+        np.array([(indices[a], indices[b]) for a, b in pairs], np.int32),
         np.cumsum(offsets, dtype=np.int32),
-        (np.array(pair_scaling) * (a_scales * b_scales)).astype(np.float32),
+        (np.array(scaling) * (a_scales * b_scales)).astype(np.float32),
         num_expanded,
     )
 

@@ -15,11 +15,9 @@ class CopyStream:
         self._stream = torch.cuda.Stream(device)
         self._kernels = torch.cuda.default_stream(device)
 
-    def host_memory(self, num_elements: int, dtype: torch.dtype) -> Tensor:
-        """Page-locked memory, which the device reads by itself; torch uses it again once freed."""
-        # Torch takes powers of two of it, so that the whole of one counts as taken.
-        room = torch.empty(1 << (num_elements - 1).bit_length(), dtype=dtype, pin_memory=True)
-        return room[:num_elements]
+    def page_locked(self, numbers: Tensor) -> Tensor:
+        """A copy that the device reads by itself; torch uses its memory again once it is freed."""
+        return numbers.pin_memory()
 
     @contextmanager
     def copying(self) -> Iterator[None]:

@@ -252,7 +252,7 @@ def test_unbinding_too_often_is_a_bug_that_is_seen(shelf: Shelf) -> None:
 
 def test_factors_of_a_version_come_from_disk(forgetful: Shelf) -> None:
     first, second = forgetful.publish("one", ONE), forgetful.publish("two", TWO)
-    for version in (first, second):  # there is room for one on the host
+    for version in (first, second):
         assert forgetful.cache.adapter(version).digest == version.digest
     shutil.rmtree(forgetful.path("two", TWO))
     with pytest.raises(AdapterInvalidError, match="'two' cannot be served"):

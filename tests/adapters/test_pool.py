@@ -246,15 +246,33 @@ def test_staged_adapter_is_memory_of_its_own_and_no_more_than_its_factors(form: 
     assert_reads_back(pool, pool.place(staged), adapter)
 
 
+def test_factors_that_only_the_cast_makes_equal_are_staged_once() -> None:
+    pool = MatrixPool(1 << 20, LAYOUT.feature_counts, torch.float16, "cpu")
+    a = factor(9, 24, seed=1).half().float()
+    near = a * (1 + 2**-14)
+    pairs = {
+        (layer, "mlp.up_proj"): FactorPair(rows, factor(9, 40, seed=2 + layer).T, 1.0)
+        for layer, rows in enumerate([a, near])
+    }
+    adapter = Adapter("near", "near", pairs, config={})
+    staged = pool.stage(adapter, LAYOUT)
+    assert not torch.equal(a, near)
+    assert len(staged.factors) == 3
+    assert staged.numbers.numel() == 9 * (24 + 40 + 40)
+    assert_reads_back(pool, pool.place(staged), adapter)
+
+
 def test_adapter_larger_than_the_pool_is_refused_for_good() -> None:
     pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.float32, "cpu")
     huge = make_adapter(rank=lambda _: 64)
-    with pytest.raises(AdapterInvalidError, match="--adapter-memory"):
-        pool.stage(huge, LAYOUT)
+    staged = pool.stage(huge, LAYOUT)
+    for refuse in (pool.check, pool.place):
+        with pytest.raises(AdapterInvalidError, match="--adapter-memory"):
+            refuse(staged)
     small = make_adapter("ShareAB", modules=("self_attn.q_proj",))
     resident = add(pool, small, LAYOUT)
     with pytest.raises(AdapterInvalidError):  # also while others are in the way
-        pool.stage(huge, LAYOUT)
+        pool.place(staged)
     assert_reads_back(pool, resident, small)
 
 
@@ -263,13 +281,15 @@ def test_adapter_that_fits_only_without_a_pinned_one_is_refused_for_good() -> No
     needed = MatrixPool(1 << 20, LAYOUT.feature_counts, torch.float32, "cpu").num_bytes_for(pinned)
     pool = MatrixPool(needed * 3 // 2, LAYOUT.feature_counts, torch.float32, "cpu")
     resident = add(pool, pinned, LAYOUT)
-    staged = pool.stage(other, LAYOUT)  # it may come once the first has gone
+    staged = pool.stage(other, LAYOUT)
+    pool.check(staged)  # it may come once the first has gone
     pool.pin(resident.page_table)
-    with pytest.raises(AdapterInvalidError, match="for the merged adapter"):
-        pool.stage(other, LAYOUT)
-    with pytest.raises(AdapterInvalidError, match="for the merged adapter"):
-        pool.place(staged)  # what was staged before
-    pool.stage(make_adapter("ShareAB", modules=("self_attn.q_proj",)), LAYOUT)
+    for refuse in (pool.check, pool.place):
+        with pytest.raises(AdapterInvalidError, match="for the merged adapter"):
+            refuse(staged)
+    pool.check(pool.stage(make_adapter("ShareAB", modules=("self_attn.q_proj",)), LAYOUT))
+    same = pool.place(pool.stage(pinned, LAYOUT))  # all of which is there
+    assert_reads_back(pool, same, pinned)
 
 
 def test_pool_too_small_for_any_page_names_the_flag() -> None:

@@ -42,11 +42,7 @@ def test_pages_are_written_after_the_kernels_that_read_them_and_there_when_place
     diary: list[str] = []
     monkeypatch.setattr(transfer.torch, "cuda", Streams(diary))
     copies = transfer.CopyStream(torch.device("cuda", 0))
-    monkeypatch.setattr(
-        copies,
-        "host_memory",
-        lambda num_elements, dtype: torch.empty(num_elements, dtype=dtype),
-    )
+    monkeypatch.setattr(copies, "page_locked", torch.Tensor.clone)
     layout, generator = LAYOUTS["odd"], torch.Generator().manual_seed(seed)
     pool = MatrixPool(8 << 20, layout.feature_counts, torch.float16, "cpu")
     pool._copies = copies
@@ -63,20 +59,22 @@ def test_pages_are_written_after_the_kernels_that_read_them_and_there_when_place
     assert diary == expected * 2
 
 
+@pytest.mark.parametrize("failing", ["page_locked", "_write"])
 def test_a_copy_that_fails_is_waited_for_and_gives_its_pages_back(
-    seed: int, monkeypatch: pytest.MonkeyPatch
+    failing: str, seed: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     diary: list[str] = []
     monkeypatch.setattr(transfer.torch, "cuda", Streams(diary))
     layout, generator = LAYOUTS["odd"], torch.Generator().manual_seed(seed)
     pool = MatrixPool(8 << 20, layout.feature_counts, torch.float16, "cpu")
     staged = pool.stage(draw_adapter("one", layout, "", generator), layout)
-    pool._copies = transfer.CopyStream(torch.device("cuda", 0))
+    pool._copies = copies = transfer.CopyStream(torch.device("cuda", 0))
+    monkeypatch.setattr(copies, "page_locked", torch.Tensor.clone)
 
     def fail(*_: object) -> None:
         raise PoolFullError("as it was told")
 
-    monkeypatch.setattr(pool, "_write", fail)
+    monkeypatch.setattr(copies if failing == "page_locked" else pool, failing, fail)
     with pytest.raises(PoolFullError, match="as it was told"):
         pool.place(staged)
     assert diary[-1] == "synchronize"

@@ -203,6 +203,7 @@ class TinyModel:
         def publish(name: str, folder: Path) -> AdapterVersion:
             adapter = read_adapter(folder, self.layout, name=name)
             staged = pool.stage(adapter, self.layout)
+            pool.check(staged)
             version, previous = AdapterVersion(name, adapter.digest), versions.get(name)
             versions[name], folders[adapter.digest] = version, folder
             adapters.admit(version, staged)
