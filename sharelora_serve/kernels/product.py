@@ -101,7 +101,7 @@ def block_product(
     """out[:rows, column:column + LANES] = x[:rows] times `depth` lines of LANES weights.
 
     Line k begins at element start + k * stride of `weight`. Of what lies ahead every tile brings
-    its share nearer, up to `depth` lines of the cache.
+    its share nearer, up to twice `depth` lines of the cache.
     """
     tiles = -(-rows // _MOST_ROWS)
     for tile in range(tiles):

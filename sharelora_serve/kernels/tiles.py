@@ -49,8 +49,8 @@ def make_product_tile(
     A pair, which numba sees as int32, times another is the sum of both products. When the tile
     `fetches`, it brings as much weight nearer as it reads, from the end of its own on: arithmetic
     hides memory. `ahead` is () or (addresses, first, last): then it brings nearer what lies at
-    addresses[first:last], STRETCH bytes each, or as much of it as there are lines of the cache in
-    `depth`, and twice that for pairs, of which half as many make a product.
+    addresses[first:last], STRETCH bytes each, or as many lines of the cache of it as twice `depth`,
+    and twice that for pairs, of which half as many make a product.
     `lanes` are those of a vector: a block is computed in one or more.
     """
 
@@ -108,7 +108,7 @@ def make_product_tile(
             if len(signature.args[12]):
                 listed, begin, stop = cgutils.unpack_tuple(builder, ahead)
                 addresses = context.make_array(signature.args[12][0])(context, builder, listed)
-                each = 2 if source.data.type.pointee == lane else 1
+                each = 4 if source.data.type.pointee == lane else 2
                 for number in range(each):
                     line = builder.add(builder.mul(loop.index, word(each)), word(number))
                     _fetch_listed(builder, line, addresses.data, begin, stop)
