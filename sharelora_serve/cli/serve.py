@@ -174,6 +174,7 @@ class _Server(uvicorn.Server):
         cut = asyncio.get_running_loop().call_later(LAST_SECONDS, self._cut_connections)
         await super().shutdown(sockets)
         cut.cancel()
+        gc.unfreeze()  # else what ends with the process is told as leaked
 
     def _cut_connections(self) -> None:
         """Leave clients that neither read nor send: uvicorn would wait for them for ever."""
