@@ -126,14 +126,14 @@ class MatrixPool:
         """Bytes of the pages that the adapter takes in an empty pool, padding included."""
         return self._num_bytes(_pages_alone(adapter))
 
+    def check(self, adapter: Adapter) -> None:
+        """Raise AdapterInvalidError if an empty pool could not hold the adapter."""
+        with self._lock:
+            self._check_fits(_pages_alone(adapter))
+
     def stage(self, adapter: Adapter, layout: BaseLayout) -> StagedAdapter:
         """What `place` takes; see staging.stage. Changes nothing in the pool."""
         return stage(adapter, layout, self.dtype)
-
-    def check(self, staged: StagedAdapter) -> None:
-        """Raise AdapterInvalidError if an empty pool could not hold the adapter."""
-        with self._lock:
-            self._check_fits(_page_counts(staged.factors))
 
     def check_room(self, factors: Collection[FactorKey]) -> None:
         """Raise as `place` does if an adapter of these factors found no room now."""

@@ -281,9 +281,8 @@ class AdapterRegistry:
 
     def _stage(self, adapter: Adapter) -> StagedAdapter:
         """The adapter as the pool takes it; AdapterInvalidError if that could not hold it."""
-        staged = self._pool.stage(adapter, self._layout)
-        self._pool.check(staged)
-        return staged
+        self._pool.check(adapter)  # before memory is taken for it
+        return self._pool.stage(adapter, self._layout)
 
     def _put(
         self,

@@ -265,14 +265,13 @@ def test_factors_that_only_the_cast_makes_equal_are_staged_once() -> None:
 def test_adapter_larger_than_the_pool_is_refused_for_good() -> None:
     pool = MatrixPool(16_384, LAYOUT.feature_counts, torch.float32, "cpu")
     huge = make_adapter(rank=lambda _: 64)
-    staged = pool.stage(huge, LAYOUT)
-    for refuse in (pool.check, pool.place):
+    for refuse in (lambda: add(pool, huge, LAYOUT), lambda: pool.check(huge)):
         with pytest.raises(AdapterInvalidError, match="--adapter-memory"):
-            refuse(staged)
+            refuse()
     small = make_adapter("ShareAB", modules=("self_attn.q_proj",))
     resident = add(pool, small, LAYOUT)
     with pytest.raises(AdapterInvalidError):  # also while others are in the way
-        pool.place(staged)
+        add(pool, huge, LAYOUT)
     assert_reads_back(pool, resident, small)
 
 
@@ -281,15 +280,13 @@ def test_adapter_that_fits_only_without_a_pinned_one_is_refused_for_good() -> No
     needed = MatrixPool(1 << 20, LAYOUT.feature_counts, torch.float32, "cpu").num_bytes_for(pinned)
     pool = MatrixPool(needed * 3 // 2, LAYOUT.feature_counts, torch.float32, "cpu")
     resident = add(pool, pinned, LAYOUT)
-    staged = pool.stage(other, LAYOUT)
-    pool.check(staged)  # it may come once the first has gone
+    pool.check(other)  # it may come once the first has gone
     pool.pin(resident.page_table)
-    for refuse in (pool.check, pool.place):
+    for refuse in (lambda: add(pool, other, LAYOUT), lambda: pool.check(other)):
         with pytest.raises(AdapterInvalidError, match="for the merged adapter"):
-            refuse(staged)
-    pool.check(pool.stage(make_adapter("ShareAB", modules=("self_attn.q_proj",)), LAYOUT))
-    same = pool.place(pool.stage(pinned, LAYOUT))  # all of which is there
-    assert_reads_back(pool, same, pinned)
+            refuse()
+    pool.check(make_adapter("ShareAB", modules=("self_attn.q_proj",)))
+    assert_reads_back(pool, add(pool, pinned, LAYOUT), pinned)  # all of which is there
 
 
 def test_pool_too_small_for_any_page_names_the_flag() -> None:

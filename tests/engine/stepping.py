@@ -202,8 +202,8 @@ class TinyModel:
 
         def publish(name: str, folder: Path) -> AdapterVersion:
             adapter = read_adapter(folder, self.layout, name=name)
+            pool.check(adapter)
             staged = pool.stage(adapter, self.layout)
-            pool.check(staged)
             version, previous = AdapterVersion(name, adapter.digest), versions.get(name)
             versions[name], folders[adapter.digest] = version, folder
             adapters.admit(version, staged)
