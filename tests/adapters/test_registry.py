@@ -67,6 +67,12 @@ class Office:
             self.changed.clear()
         return table
 
+    def wait_for_loads(self) -> None:
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        while self.cache.stats().loads_in_progress:
+            assert time.monotonic() < deadline, "a load never ends"
+            time.sleep(0.01)
+
     def files(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "store" / "factors").iterdir())
 
@@ -246,6 +252,7 @@ def test_everything_is_there_after_a_restart_without_reading_a_factor(tmp_path: 
     with opened(tmp_path) as office:
         assert [office.registry.find(name) for name in names] == before
         assert [office.registry.versions(name) for name in names] == versions
+        office.wait_for_loads()
         assert office.cache.stats().disk_loads == 1  # the pinned one's
         version = office.registry.bind(names[2])
         assert isinstance(office.load(version), PageTable)
