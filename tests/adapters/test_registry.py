@@ -1,7 +1,7 @@
 """What names stand for, while requests are bound to versions, and after a restart."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -68,25 +68,26 @@ class Office:
         return table
 
     def wait_for_loads(self) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while self.cache.stats().loads_in_progress:
-            assert time.monotonic() < deadline, "a load never ends"
-            time.sleep(0.01)
+        wait_until(lambda: self.cache.stats().loads_in_progress == 0)
 
     def files(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "store" / "factors").iterdir())
 
     def wait_for_collection(self, num_files: int) -> None:
-        deadline = time.monotonic() + PATIENCE_SECONDS
-        while len(self.files()) != num_files:
-            assert time.monotonic() < deadline, f"there are {len(self.files())} files"
-            time.sleep(0.05)
+        wait_until(lambda: len(self.files()) == num_files)
 
     def close(self) -> None:
         self.registry.close()
         self.cache.close()
         self.store.close()
         self.pool.check_integrity()
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not is_so():
+        assert time.monotonic() < deadline, "it never comes to that"
+        time.sleep(0.01)
 
 
 @contextmanager
