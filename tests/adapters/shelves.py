@@ -1,6 +1,7 @@
 """An adapter cache over real folders, and the contents that tests put into them."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,6 +36,14 @@ LAYOUT = BaseLayout(
     },
 )
 PATIENCE_SECONDS = 30.0
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """AssertionError if it takes PATIENCE_SECONDS."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not happened():
+        assert time.monotonic() < deadline, "it never happened"
+        time.sleep(0.02)
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,7 @@ from sharelora_serve.adapters.naming import AdapterName
 from sharelora_serve.adapters.published import Published
 from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.errors import ModelNotFoundError
-from tests.adapters.shelves import PATIENCE_SECONDS, Content, write_content
+from tests.adapters.shelves import Content, wait_until, write_content
 from tests.adapters.store_model import problems_in
 from tests.adapters.test_registry import Office, opened
 
@@ -41,9 +41,7 @@ class Watched:
     def wait_for(self, condition: Callable[[], bool]) -> float:
         """How many seconds it took."""
         started_at = time.monotonic()
-        while not condition():
-            assert time.monotonic() < started_at + PATIENCE_SECONDS, "it never came to that"
-            time.sleep(0.02)
+        wait_until(condition)
         return time.monotonic() - started_at
 
     def put(self, content: Content, name: str = "acme") -> None:

@@ -1,7 +1,7 @@
 """What names stand for, while requests are bound to versions, and after a restart."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -27,7 +27,7 @@ from sharelora_serve.errors import (
     PinsFullError,
     VersionMismatchError,
 )
-from tests.adapters.shelves import LAYOUT, PATIENCE_SECONDS, Content, write_content
+from tests.adapters.shelves import LAYOUT, PATIENCE_SECONDS, Content, wait_until, write_content
 
 ONE, TWO, THREE = (Content(seed, rank=8) for seed in range(1, 4))
 ACME = AdapterName(None, "acme")
@@ -81,13 +81,6 @@ class Office:
         self.cache.close()
         self.store.close()
         self.pool.check_integrity()
-
-
-def wait_until(is_so: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not is_so():
-        assert time.monotonic() < deadline, "it never comes to that"
-        time.sleep(0.01)
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 import shutil
 import sqlite3
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +19,7 @@ from sharelora_serve.adapters.registry import AdapterRegistry
 from sharelora_serve.adapters.store import AdapterStore
 from sharelora_serve.errors import AdapterExistsError, StorageError
 from tests.adapters.disks import files_limited
-from tests.adapters.shelves import LAYOUT, PATIENCE_SECONDS
+from tests.adapters.shelves import LAYOUT, wait_until
 from tests.adapters.store_model import write_contents
 
 RED = AdapterName(None, "red")
@@ -47,13 +47,6 @@ def opened(folder: Path, pool_bytes: int = 1 << 20) -> Iterator[AdapterRegistry]
 def paths(tmp_path: Path) -> list[Path]:
     """Folders of CONTENTS."""
     return write_contents(tmp_path / "contents")
-
-
-def wait_until(happened: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not happened():
-        assert time.monotonic() < deadline, "it never happened"
-        time.sleep(0.02)
 
 
 def names(registry: AdapterRegistry) -> list[str]:
