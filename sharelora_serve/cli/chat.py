@@ -84,7 +84,7 @@ def _show(console: Console, pieces: Iterator[str]) -> str:
     shown = ""
     try:
         for piece in pieces:
-            console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+            typer.echo(piece, nl=False)
             shown += piece
     except KeyboardInterrupt:
         console.print(" [cut short]", style="dim", markup=False, end="")

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import httpx
-from rich.console import Console
+import typer
 
 from sharelora_serve.errors import ServeError
 
@@ -26,5 +26,5 @@ def one_message() -> Iterator[None]:
         message = f"no answer from {error.request.url}: {error}; is a server running there?"
     else:
         return
-    Console(stderr=True).print(f"Error: {message}", style="red", markup=False, soft_wrap=True)
+    typer.secho(f"Error: {message}", fg=typer.colors.RED, err=True)
     raise SystemExit(EXIT_CODE)

@@ -6,10 +6,10 @@ from typing import Annotated
 
 import typer
 from rich import box
-from rich.console import Console
 from rich.table import Table
 
 from sharelora_serve.cli.failure import one_message
+from sharelora_serve.cli.output import show
 from sharelora_serve.config import environment_variable
 from sharelora_serve.errors import ConfigurationError
 from sharelora_serve.server.keys import CHECK_SECONDS, create_key, read_keys, revoke_key
@@ -70,15 +70,16 @@ def list_keys(
             shown = [key.model_dump(mode="json", exclude={"sha256"}) for key in stored]
             typer.echo(json.dumps(shown, indent=2))
             return
+        if not stored:
+            show(f"{file} holds no keys.")
+            return
         table = Table(box=box.SIMPLE_HEAD)
         for heading in ("Id", "Role", "Tenant", "Created", "Comment"):
             table.add_column(heading, overflow="fold")
         for key in stored:
             created = f"{key.created_at:%Y-%m-%d %H:%M %Z}"
             table.add_row(key.id, key.role, key.tenant, created, key.comment)
-        Console(markup=False, highlight=False).print(
-            table if stored else f"{file} holds no keys.", soft_wrap=not stored
-        )
+        show(table)
 
 
 @keys.command("revoke")
@@ -100,4 +101,4 @@ def revoke(
 
 def _say(message: str) -> None:
     """Print to standard error, which is not piped on with the key."""
-    Console(stderr=True, markup=False, highlight=False).print(message, soft_wrap=True)
+    typer.echo(message, err=True)

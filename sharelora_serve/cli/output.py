@@ -1,5 +1,6 @@
 """What commands print for people: tables, and lines of a name and a value."""
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn
 from rich.table import Table
@@ -9,8 +10,11 @@ NUM_DIGEST_CHARACTERS = 12
 
 
 def show(what: Table | str) -> None:
-    """Print to standard output; markup in names and paths stays text."""
-    Console(markup=False, highlight=False).print(what, soft_wrap=isinstance(what, str))
+    """Print to standard output; text, and what is in a table's cells, as it is."""
+    if isinstance(what, str):
+        typer.echo(what)
+    else:
+        Console(markup=False, emoji=False, highlight=False).print(what)
 
 
 def named_values(*rows: tuple[str, str]) -> str:

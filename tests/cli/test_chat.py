@@ -16,12 +16,12 @@ BASE = {"model": "acme", "temperature": 0.0, "stream": True}
 
 
 def test_one_message_is_answered_as_it_streams() -> None:
-    with scripted_server((200, events("Hel", None, "lo [bold]\n", "world", ""))) as server:
+    with scripted_server((200, events("Hel", None, "lo [bold]\t:tv:\n", "world", ""))) as server:
         result = CliRunner().invoke(
             app, ["chat", "--model", "acme", "--url", f"{server.url}/v1/", "hi"]
         )
     assert result.exit_code == 0
-    assert result.stdout == "Hello [bold]\nworld\n"
+    assert result.stdout == "Hello [bold]\t:tv:\nworld\n"
     messages = [{"role": "user", "content": "hi"}]
     assert server.requests == [("POST", "/v1/chat/completions", {**BASE, "messages": messages})]
 
