@@ -158,11 +158,7 @@ def _measure(
     kernels.is_split = True
     _decode(loaded, kernels, owners, num_tokens)
     kernels.is_split = False
-    seconds = kernels.seconds
-    parts = {
-        part: 1000 * seconds[part] / kernels.num_steps
-        for part in (PRODUCTS, ADAPTERS, ATTENTION, ELEMENTWISE)
-    }
+    parts = {ADAPTERS: 0.0, **kernels.milliseconds()}
     parts[SAMPLING] = _sampling_milliseconds(loaded.engine, count)
     parts[PYTHON] = max(0.0, total - sum(parts.values()))
     return Step(count, sum(owner is not None for owner in owners), total, parts)

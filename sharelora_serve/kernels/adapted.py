@@ -13,13 +13,14 @@ from sharelora_serve.kernels.batch import PAGE_RANK
 from sharelora_serve.kernels.tiles import (
     LANES,
     STRETCH,
-    make_product_tile,
+    make_expand_tile,
     make_shrink_tile,
 )
 from sharelora_serve.kernels.vector import to_float
 from sharelora_serve.memory import CACHE_LINE
 
-_PIECE_ROWS = 6  # few enough that one long prompt occupies every core, enough to reuse a page
+PIECE_ROWS = 6
+"""Most of a piece: few enough that one long prompt occupies every core, enough to reuse a page."""
 
 _EXPAND_ROWS = 3
 
@@ -27,9 +28,9 @@ _EXPAND_ROWS = 3
 _shrink_three = make_shrink_tile(3, 4)
 _shrink_two = make_shrink_tile(2, 4)
 _shrink_one = make_shrink_tile(1, 8)
-_expand_few = make_product_tile(_EXPAND_ROWS, 2, accumulate=True)
-_expand_one = make_product_tile(1, 4, accumulate=True, lanes=8)  # float16 is widened faster so
-_expand_block = make_product_tile(_EXPAND_ROWS, 1, accumulate=True)
+_expand_few = make_expand_tile(_EXPAND_ROWS, 2)
+_expand_one = make_expand_tile(1, 4, lanes=8)  # float16 is widened faster so
+_expand_block = make_expand_tile(_EXPAND_ROWS, 1)
 
 
 class Pages(NamedTuple):
@@ -46,6 +47,7 @@ class Pages(NamedTuple):
     b_pages: Any
     scaling: Any
     arena: Any
+    max_pages: int
     num_threads: int
 
 
@@ -58,7 +60,7 @@ def make_pieces(row_adapter: Any) -> Any:
     row = 0
     while row < rows:
         end = row + 1
-        while end < rows and end - row < _PIECE_ROWS and row_adapter[end] == row_adapter[row]:
+        while end < rows and end - row < PIECE_ROWS and row_adapter[end] == row_adapter[row]:
             end += 1
         if row_adapter[row] > 0:
             pieces[num_pieces, 0], pieces[num_pieces, 1] = row, end - row
@@ -77,10 +79,11 @@ def _shrink(
     scale: Any,
     arena: Any,
     hidden: Any,
+    to: Any,
     ahead: Any,
     lines: Any,
 ) -> None:
-    """hidden[:count, :8] = scale * x[first:first + count] A^T for one page of A.
+    """hidden[:count, to:to + 8] = scale * x[first:first + count] A^T for one page of A.
 
     The `lines` cache lines from element `ahead` of the arena on are fetched meanwhile.
     """
@@ -89,110 +92,161 @@ def _shrink(
     middle = start + PAGE_RANK // 2 * width
     row = 0
     while count - row >= 3:
-        _shrink_three(x, first + row, arena, start, width, hidden, row, 0, ahead, lines)
-        _shrink_three(x, first + row, arena, middle, width, hidden, row, 4, ahead, 0)
+        _shrink_three(x, first + row, arena, start, width, hidden, row, to, ahead, lines)
+        _shrink_three(x, first + row, arena, middle, width, hidden, row, to + 4, ahead, 0)
         row, lines = row + 3, 0
     if count - row == 2:
-        _shrink_two(x, first + row, arena, start, width, hidden, row, 0, ahead, lines)
-        _shrink_two(x, first + row, arena, middle, width, hidden, row, 4, ahead, 0)
+        _shrink_two(x, first + row, arena, start, width, hidden, row, to, ahead, lines)
+        _shrink_two(x, first + row, arena, middle, width, hidden, row, to + 4, ahead, 0)
     elif count - row == 1:
-        _shrink_one(x, first + row, arena, start, width, hidden, row, 0, ahead, lines)
+        _shrink_one(x, first + row, arena, start, width, hidden, row, to, ahead, lines)
     for row in range(count):
-        for rank in range(PAGE_RANK):
+        for rank in range(to, to + PAGE_RANK):
             hidden[row, rank] *= scale
 
 
 @numba.njit(nogil=True)
 def _expand(
     hidden: Any,
-    first: Any,
     count: Any,
-    page: Any,
+    page_ids: Any,
     arena: Any,
     width: Any,
     out: Any,
+    first: Any,
     column: Any,
 ) -> None:
-    """out[first:first + count, column:column + width] += hidden times one page of B."""
-    start, row = page * PAGE_RANK * width, 0
-    while row < count:
-        rows, to, at = min(_EXPAND_ROWS, count - row), first + row, 0
-        if rows == 1:
-            while width - at >= 4 * LANES:
-                _expand_one(
-                    hidden, row, 1, 0, arena, start + at, width, LANES, PAGE_RANK,
-                    out, to, column + at, (),
-                )  # fmt: skip
-                at += 4 * LANES
-        else:
-            while width - at >= 2 * LANES:
+    """out[first:first + count, column:column + width] = hidden[:count] times these pages of B."""
+    at = 0
+    if count == 1:
+        while width - at >= 4 * LANES:
+            _expand_one(hidden, 0, 1, page_ids, arena, width, at, out, first, column + at)
+            at += 4 * LANES
+    else:
+        while width - at >= 2 * LANES:
+            for row in range(0, count, _EXPAND_ROWS):
                 _expand_few(
-                    hidden, row, rows, 0, arena, start + at, width, LANES, PAGE_RANK,
-                    out, to, column + at, (),
+                    hidden, row, min(_EXPAND_ROWS, count - row), page_ids, arena, width, at,
+                    out, first + row, column + at,
                 )  # fmt: skip
-                at += 2 * LANES
-        _expand_rest(hidden, row, rows, arena, start, at, width, out, to, column)
-        row += rows
-
-
-@numba.njit(nogil=True)
-def _expand_rest(
-    hidden: Any,
-    row: Any,
-    rows: Any,
-    arena: Any,
-    start: Any,
-    at: Any,
-    width: Any,
-    out: Any,
-    to: Any,
-    column: Any,
-) -> None:
-    """out[to:to + rows, column + at:column + width] += hidden[row:] times the rest of a page."""
+            at += 2 * LANES
     while width - at >= LANES:
-        _expand_block(
-            hidden, row, rows, 0, arena, start + at, width, 0, PAGE_RANK, out, to, column + at, ()
-        )
+        for row in range(0, count, _EXPAND_ROWS):
+            _expand_block(
+                hidden, row, min(_EXPAND_ROWS, count - row), page_ids, arena, width, at,
+                out, first + row, column + at,
+            )  # fmt: skip
         at += LANES
-    for i in range(rows):
+    for row in range(count):
         for n in range(at, width):
-            for rank in range(PAGE_RANK):
-                factor = to_float(arena[start + rank * width + n])
-                out[to + i, column + n] += hidden[row + i, rank] * factor
+            total = np.float32(0)
+            for rank in range(page_ids.shape[0] * PAGE_RANK):
+                page = np.int64(page_ids[rank // PAGE_RANK])
+                factor = to_float(arena[(page * PAGE_RANK + rank % PAGE_RANK) * width + n])
+                total += hidden[row, rank] * factor
+            out[first + row, column + n] = total
 
 
 @numba.njit(nogil=True)
-def list_pages(pages: Any, entry: Any, columns: Any, in_features: Any) -> Any:
-    """Addresses of all the pages that `add_adapters` will read, STRETCH bytes after STRETCH bytes.
+def count_tasks(pages: Any, columns: Any) -> Any:
+    """How many there are for one product: every piece has one for each module."""
+    return pages.pieces.shape[0] * (columns.shape[0] - 1)
 
-    (num_stretches,) int64, in the order of its tasks, so that every thread fetches what it reads.
-    A factor that two pieces in turn have in common is listed once.
+
+@numba.njit(nogil=True)
+def empty_hidden(pages: Any) -> Any:
+    """Room for what `add_adapters` shrinks to: (PIECE_ROWS, most ranks of an adapter) float32."""
+    return np.empty((PIECE_ROWS, pages.max_pages * PAGE_RANK), np.float32)
+
+
+@numba.njit(nogil=True)
+def add_adapters(
+    x: Any,
+    added: Any,
+    since: Any,
+    pages: Any,
+    entry: Any,
+    columns: Any,
+    begin: Any,
+    end: Any,
+    hidden: Any,
+) -> None:
+    """added[t - since, module] = scaling * B A x[t] for what tasks begin .. end - 1 are of.
+
+    pages    what a batch's rows read, as Pages
+    entry    of the page table, of the first module whose outputs stand side by side
+    columns  (num_modules + 1,) int64, where each module's outputs begin, and the end
+    hidden   as `empty_hidden` gives it; what is in it is lost
     """
     pieces, arena = pages.pieces, pages.arena
-    num_modules = columns.shape[0] - 1
-    room = 0
-    for piece in range(pieces.shape[0]):
-        offsets = pages.offsets[pieces[piece, 2], entry:]
-        for module in range(num_modules):
+    for task in range(begin, end):
+        piece, module, start, stop = _task(pages, entry, columns, task)
+        first, count = pieces[piece, 0], pieces[piece, 1]
+        column, width = columns[module], columns[module + 1] - columns[module]
+        lines = PAGE_RANK * width * arena.itemsize // CACHE_LINE
+        for p in range(start, stop):
+            a, b = np.int64(pages.a_pages[p]), np.int64(pages.b_pages[p])
+            ahead = b * PAGE_RANK * width
+            to = (p - start) * PAGE_RANK
+            _shrink(x, first, count, a, pages.scaling[p], arena, hidden, to, ahead, lines)
+        _expand(
+            hidden, count, pages.b_pages[start:stop], arena, width, added, first - since, column
+        )
+
+
+@numba.njit(nogil=True)
+def empty_list(pages: Any, entry: Any, columns: Any, in_features: Any, begin: Any, end: Any) -> Any:
+    """Room for what `list_pages` lists of tasks begin .. end - 1: (num_stretches,) int64."""
+    arena, room = pages.arena, 0
+    for task in range(begin, end):
+        _, module, start, stop = _task(pages, entry, columns, task)
+        width = columns[module + 1] - columns[module]
+        each = _num_stretches(in_features, arena) + _num_stretches(width, arena)
+        room += (stop - start) * each
+    return np.empty(room, np.int64)
+
+
+@numba.njit(nogil=True)
+def list_pages(
+    pages: Any,
+    entry: Any,
+    columns: Any,
+    in_features: Any,
+    begin: Any,
+    end: Any,
+    since: Any,
+    listed: Any,
+) -> Any:
+    """Write addresses of the pages that tasks begin .. end - 1 read to `listed`; how many.
+
+    STRETCH bytes after STRETCH bytes, in the order of the tasks. A factor that the last task of the
+    same module reads too is left out, if there is one from task `since` on.
+    """
+    arena, num_modules, count = pages.arena, columns.shape[0] - 1, 0
+    for task in range(begin, end):
+        _, module, start, stop = _task(pages, entry, columns, task)
+        if start == stop:
+            continue
+        a_before, b_before = 0, 0  # page 0 is nobody's
+        for before in range(task - num_modules, since - 1, -num_modules):
+            _, _, start_before, stop_before = _task(pages, entry, columns, before)
+            if start_before < stop_before:
+                a_before, b_before = pages.a_pages[start_before], pages.b_pages[start_before]
+                break
+        if pages.a_pages[start] != a_before:
+            count = _list(pages.a_pages[start:stop], in_features, arena, listed, count)
+        if pages.b_pages[start] != b_before:
             width = columns[module + 1] - columns[module]
-            each = _num_stretches(in_features, arena) + _num_stretches(width, arena)
-            room += (offsets[module + 1] - offsets[module]) * each
-    listed = np.empty(room, np.int64)
-    count = 0
-    before = np.zeros((num_modules, 2), np.int32)  # page 0 is nobody's
-    for piece in range(pieces.shape[0]):
-        offsets = pages.offsets[pieces[piece, 2], entry:]
-        for module in range(num_modules):
-            first, last = offsets[module], offsets[module + 1]
-            if first == last:
-                continue
-            a, b = pages.a_pages[first:last], pages.b_pages[first:last]
-            if a[0] != before[module, 0]:
-                count = _list(a, in_features, arena, listed, count)
-            if b[0] != before[module, 1]:
-                count = _list(b, columns[module + 1] - columns[module], arena, listed, count)
-            before[module, 0], before[module, 1] = a[0], b[0]
-    return listed[:count]
+            count = _list(pages.b_pages[start:stop], width, arena, listed, count)
+    return count
+
+
+@numba.njit(nogil=True)
+def _task(pages: Any, entry: Any, columns: Any, task: Any) -> Any:
+    """Piece, module, and which entries of `a_pages` and `b_pages` a task reads: start, stop."""
+    piece, module = task // (columns.shape[0] - 1), task % (columns.shape[0] - 1)
+    offsets = pages.offsets[pages.pieces[piece, 2], entry + module :]
+    return piece, module, offsets[0], offsets[1]
 
 
 @numba.njit(nogil=True)
@@ -210,48 +264,3 @@ def _list(page_ids: Any, width: Any, arena: Any, listed: Any, count: Any) -> Any
             listed[count] = start + number * STRETCH
             count += 1
     return count
-
-
-@numba.njit(nogil=True)
-def _backwards(index: Any, count: Any, num_threads: Any) -> Any:
-    """A permutation of `count` tasks that turns every thread's run of them around, or nearly so.
-
-    What was fetched last for it is nearest; from the first on all would have left before its turn.
-    Where numba divides them otherwise, a few come in another place.
-    """
-    thread = index * num_threads // count
-    first = -(-thread * count // num_threads)
-    last = -(-(thread + 1) * count // num_threads) - 1
-    return first + last - index
-
-
-@numba.njit(parallel=True, nogil=True, cache=True)
-def add_adapters(
-    x: Any,
-    out: Any,
-    pages: Any,
-    entry: Any,
-    columns: Any,
-) -> None:
-    """out[t, module] += scaling * B A x[t] for the rows of each piece.
-
-    pages    what a batch's rows read, as Pages
-    entry    of the page table, of the first module whose outputs stand in `out`
-    columns  (num_modules + 1,) int64, where each module's outputs begin, and the end
-    """
-    pieces, offsets, arena = pages.pieces, pages.offsets, pages.arena
-    num_modules = columns.shape[0] - 1
-    num_tasks = pieces.shape[0] * num_modules
-    for index in numba.prange(num_tasks):
-        task = _backwards(index, num_tasks, pages.num_threads)
-        piece, module = task // num_modules, task % num_modules
-        first, count, adapter = pieces[piece, 0], pieces[piece, 1], pieces[piece, 2]
-        column, width = columns[module], columns[module + 1] - columns[module]
-        lines = PAGE_RANK * width * arena.itemsize // CACHE_LINE
-        # Of one size, so that numba makes room once for all tasks of a thread.
-        hidden = np.empty((_PIECE_ROWS, PAGE_RANK), np.float32)
-        for p in range(offsets[adapter, entry + module], offsets[adapter, entry + module + 1]):
-            a, b = np.int64(pages.a_pages[p]), np.int64(pages.b_pages[p])
-            ahead = b * PAGE_RANK * width
-            _shrink(x, first, count, a, pages.scaling[p], arena, hidden, ahead, lines)
-            _expand(hidden, first, count, b, arena, width, out, column)

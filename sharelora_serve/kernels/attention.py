@@ -7,7 +7,7 @@ import numba
 import numpy as np
 
 from sharelora_serve.kernels.batch import BLOCK_SIZE
-from sharelora_serve.kernels.elementwise import exp, norm_row
+from sharelora_serve.kernels.elementwise import add_part, exp, norm_row
 from sharelora_serve.kernels.product import NOTHING_AHEAD, add_product, block_product
 from sharelora_serve.kernels.tiles import LANES, STRETCH
 from sharelora_serve.kernels.vector import from_float
@@ -141,6 +141,7 @@ def list_blocks(
 @numba.njit(nogil=True)
 def _store(
     qkv: Any,
+    more: Any,
     first: Any,
     count: Any,
     head: Any,
@@ -163,12 +164,14 @@ def _store(
         block = block_tables[row_sequence[t], here // BLOCK_SIZE]
         at = here % BLOCK_SIZE
         start = (heads + head) * head_dim
+        add_part(qkv, more, t, start, start + head_dim)
         given = qkv[t, start : start + head_dim]
         _rotate(given, k_norm, eps, cosine[here], sine[here], np.float32(1), rotated)
         key = keys[block, head]
         for d in range(head_dim):
             key[d, at] = from_float(rotated[d], key[d, at])
         start = (heads + kv_heads + head) * head_dim
+        add_part(qkv, more, t, start, start + head_dim)
         value = values[block, head]
         for d in range(head_dim):
             old = value[d // LANES, at, d % LANES]
@@ -178,6 +181,7 @@ def _store(
 @numba.njit(parallel=True, nogil=True, cache=True, error_model="numpy")
 def attend(
     qkv: Any,
+    more: Any,
     q_norm: Any,
     k_norm: Any,
     eps: Any,
@@ -193,7 +197,10 @@ def attend(
     values: Any,
     out: Any,
 ) -> None:
-    """Rotate q and k, store k and v, attend; as ReferenceKernels.attend."""
+    """qkv += more; rotate q and k, store k and v, attend; as ReferenceKernels.attend.
+
+    `more` is as in `add_and_norm`.
+    """
     kv_heads, dim = keys.shape[1], keys.shape[2]
     head_dim = 2 * cosine.shape[1]
     heads = out.shape[1] // head_dim
@@ -214,7 +221,7 @@ def attend(
             first, count = tasks[index // kv_heads, 0], tasks[index // kv_heads, 1]
             if not _is_alone(first, count, row_sequence):
                 _store(
-                    qkv, first, count, index % kv_heads, heads, k_norm, eps, cosine, sine,
+                    qkv, more, first, count, index % kv_heads, heads, k_norm, eps, cosine, sine,
                     positions, row_sequence, block_tables, keys, values,
                 )  # fmt: skip
 
@@ -224,7 +231,7 @@ def attend(
         if _is_alone(first, count, row_sequence):
             for k in range(low_head, high_head):
                 _store(
-                    qkv, first, count, k, heads, k_norm, eps, cosine, sine,
+                    qkv, more, first, count, k, heads, k_norm, eps, cosine, sine,
                     positions, row_sequence, block_tables, keys, values,
                 )  # fmt: skip
         table = block_tables[row_sequence[first]]
@@ -237,6 +244,7 @@ def attend(
             for r in range(rows):
                 t, g = first + r // group, r % group
                 here, start = positions[t], ((low_head + h) * group + g) * head_dim
+                add_part(qkv, more, t, start, start + head_dim)
                 given, rotated = qkv[t, start : start + head_dim], query[h, r, :head_dim]
                 _rotate(given, q_norm, eps, cosine[here], sine[here], scale, rotated)
         # Arithmetic hides memory: the products of scores fetch what the thread reads next.

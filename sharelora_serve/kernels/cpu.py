@@ -13,23 +13,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels.adapted import Pages, add_adapters, list_pages, make_pieces
+from sharelora_serve.kernels.adapted import Pages, make_pieces
+from sharelora_serve.kernels.adapted_product import adapted_product, count_later
 from sharelora_serve.kernels.attention import attend, make_items
 from sharelora_serve.kernels.batch import BLOCK_SIZE, AdapterBatch, AttentionBatch
-from sharelora_serve.kernels.elementwise import add_and_norm, silu_and_multiply
+from sharelora_serve.kernels.elementwise import add_and_norm, add_part, silu_and_multiply
 from sharelora_serve.kernels.layers import Buffers, LayerWeights
 from sharelora_serve.kernels.matrix import DEPTH, has_matrix_registers
-from sharelora_serve.kernels.product import (
-    NOTHING_AHEAD,
-    embed,
-    fetches_ahead,
-    pack,
-    product,
-    unpack,
-)
+from sharelora_serve.kernels.product import embed, pack, product, unpack
 from sharelora_serve.kernels.tiles import LANES
 from sharelora_serve.kernels.vector import has_bfloat16_vectors
 from sharelora_serve.memory import streamed
+
+NOTHING_ADDED = np.empty((0, 0), np.float32)
+"""What adapters add where there are none."""
 
 _NO_BIAS = np.empty(0, np.float32)
 _NO_PIECES = np.empty((0, 3), np.int64)
@@ -61,27 +58,9 @@ def pages_of(batch: AdapterBatch) -> Pages:
         batch.b_pages.numpy(),
         batch.scaling.numpy(),
         stored(batch.arena),
+        batch.max_pages,
         numba.get_num_threads(),
     )
-
-
-@numba.njit(nogil=True, cache=True)
-def adapted_product(
-    x: Any,
-    weight: Any,
-    bias: Any,
-    out: Any,
-    pages: Any,
-    entry: Any,
-    columns: Any,
-) -> None:
-    """`product`, during which memory brings what `add_adapters` reads, and that."""
-    ahead = np.empty(0, np.int64)
-    if pages.pieces.shape[0] > 0 and fetches_ahead(x, weight):
-        ahead = list_pages(pages, entry, columns, x.shape[1])
-    product(x, weight, bias, out, ahead)
-    if pages.pieces.shape[0] > 0:
-        add_adapters(x, out, pages, entry, columns)
 
 
 @numba.njit(nogil=True, cache=True)
@@ -122,32 +101,42 @@ def _layers(
     num_threads: Any,
     pages: Any,
 ) -> None:
+    rows = count_later(x.shape[0], w_qkv[0], pages)
+    widest = max(qkv.shape[1], delta.shape[1], gate_up.shape[1])
+    added = np.zeros((rows, widest), np.float32)
     items = make_items(tasks, positions, keys.shape[2], num_threads)
     entry = 0
     for layer in range(windows.shape[0]):
-        add_and_norm(x, delta, input_norm[layer], eps, normed)
-        adapted_product(normed, w_qkv[layer], qkv_bias[layer], qkv, pages, entry, qkv_columns)
+        add_and_norm(x, delta, added, input_norm[layer], eps, normed)
+        adapted_product(
+            normed, w_qkv[layer], qkv_bias[layer], qkv, added, pages, entry, qkv_columns
+        )
         attend(
-            qkv, q_norm[layer], k_norm[layer], eps, cosine, sine,
+            qkv, added, q_norm[layer], k_norm[layer], eps, cosine, sine,
             positions, row_sequence, block_tables, tasks, items, windows[layer],
             keys[layer], values[layer], attended,
         )  # fmt: skip
-        adapted_product(attended, w_o[layer], o_bias[layer], delta, pages, entry + 3, o_columns)
-        add_and_norm(x, delta, post_norm[layer], eps, normed)
+        adapted_product(
+            attended, w_o[layer], o_bias[layer], delta, added, pages, entry + 3, o_columns
+        )
+        add_and_norm(x, delta, added, post_norm[layer], eps, normed)
         adapted_product(
             normed,
             w_gate_up[layer],
             gate_up_bias[layer],
             gate_up,
+            added,
             pages,
             entry + 4,
             gate_up_columns,
         )
-        silu_and_multiply(gate_up, inner)
+        silu_and_multiply(gate_up, added, inner)
         adapted_product(
-            inner, w_down[layer], down_bias[layer], delta, pages, entry + 6, down_columns
+            inner, w_down[layer], down_bias[layer], delta, added, pages, entry + 6, down_columns
         )
         entry += 7
+    for t in range(rows):
+        add_part(delta, added, t, 0, x.shape[1])
 
 
 class CpuKernels:
@@ -191,7 +180,7 @@ class CpuKernels:
 
     def linear(self, x: Tensor, weight: Any, out: Tensor) -> None:
         """out[:, :out_features] = x W^T; `out` is as wide as whole blocks of outputs."""
-        product(x.numpy(), weight, _NO_BIAS, out.numpy(), NOTHING_AHEAD)
+        product(x.numpy(), weight, _NO_BIAS, out.numpy())
 
     def embed(self, weight: Any, token_ids: Tensor, out: Tensor) -> None:
         """out[t] = row token_ids[t] of a packed weight."""
@@ -201,7 +190,9 @@ class CpuKernels:
         self, x: Tensor, delta: Tensor, weight: Tensor, eps: float, out: Tensor
     ) -> None:
         """x += delta; out = root-mean-square norm of x times weight."""
-        add_and_norm(x.numpy(), delta.numpy(), weight.numpy(), np.float32(eps), out.numpy())
+        add_and_norm(
+            x.numpy(), delta.numpy(), NOTHING_ADDED, weight.numpy(), np.float32(eps), out.numpy()
+        )
 
     def make_kv_cache(
         self,
@@ -240,7 +231,16 @@ class CpuKernels:
         if adapters is None:
             # Of the pool's type, so that the same compiled function serves.
             no_arena = np.empty(0, self._factors or w.qkv.dtype)
-            pages = Pages(_NO_PIECES, _NO_OFFSETS, _NO_ROWS, _NO_ROWS, _NO_SCALING, no_arena, 1)
+            pages = Pages(
+                _NO_PIECES,
+                _NO_OFFSETS,
+                _NO_ROWS,
+                _NO_ROWS,
+                _NO_SCALING,
+                no_arena,
+                0,
+                numba.get_num_threads(),
+            )
         else:
             self._factors = stored(adapters.arena).dtype
             pages = pages_of(adapters)

@@ -41,21 +41,40 @@ def norm_row(row: Any, weight: Any, eps: Any, to: Any) -> None:
 
 
 @numba.njit(nogil=True)
-def _add_and_norm_row(row: Any, add: Any, weight: Any, eps: Any, to: Any) -> None:
+def add(row: Any, more: Any) -> None:
+    """row += more, from its first number on: with other bounds it would not become vectors."""
     for i in range(row.shape[0]):
-        row[i] += add[i]
-    norm_row(row, weight, eps, to)
+        row[i] += more[i]
+
+
+@numba.njit(nogil=True)
+def add_part(out: Any, more: Any, t: Any, begin: Any, end: Any) -> None:
+    """out[t, begin:end] += more[t, begin:end], where `more` has such a row."""
+    if t < more.shape[0]:
+        add(out[t, begin:end], more[t, begin:end])
+
+
+@numba.njit(nogil=True)
+def _add_and_norm_row(
+    x: Any, delta: Any, more: Any, t: Any, weight: Any, eps: Any, out: Any
+) -> None:
+    add_part(delta, more, t, 0, x.shape[1])
+    add(x[t], delta[t])
+    norm_row(x[t], weight, eps, out[t])
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def add_and_norm(x: Any, delta: Any, weight: Any, eps: Any, out: Any) -> None:
-    """x += delta; out = the norm of each row."""
+def add_and_norm(x: Any, delta: Any, more: Any, weight: Any, eps: Any, out: Any) -> None:
+    """x += delta + more; out = the norm of each row.
+
+    more  (num_tokens or 0, at least hidden_size)  float32, what adapters add to delta; 0 for none
+    """
     if x.shape[0] < 4:  # starting threads would cost more than the work
         for t in range(x.shape[0]):
-            _add_and_norm_row(x[t], delta[t], weight, eps, out[t])
+            _add_and_norm_row(x, delta, more, t, weight, eps, out)
     else:
         for t in numba.prange(x.shape[0]):
-            _add_and_norm_row(x[t], delta[t], weight, eps, out[t])
+            _add_and_norm_row(x, delta, more, t, weight, eps, out)
 
 
 @numba.njit(nogil=True, fastmath={"contract"}, error_model="numpy")
@@ -65,12 +84,14 @@ def _silu_and_multiply_row(gate: Any, up: Any, to: Any) -> None:
 
 
 @numba.njit(parallel=True, nogil=True, cache=True)
-def silu_and_multiply(gate_up: Any, out: Any) -> None:
-    """out = silu(gate) * up, the two halves of gate_up."""
+def silu_and_multiply(gate_up: Any, more: Any, out: Any) -> None:
+    """gate_up += more; out = silu(gate) * up, the two halves of gate_up; `more` as add_and_norm."""
     inner = out.shape[1]
     if out.shape[0] < 4:
         for t in range(out.shape[0]):
+            add_part(gate_up, more, t, 0, 2 * inner)
             _silu_and_multiply_row(gate_up[t, :inner], gate_up[t, inner : 2 * inner], out[t])
     else:
         for t in numba.prange(out.shape[0]):
+            add_part(gate_up, more, t, 0, 2 * inner)
             _silu_and_multiply_row(gate_up[t, :inner], gate_up[t, inner : 2 * inner], out[t])

@@ -36,8 +36,11 @@ _FEW_ROWS = 64
 NOTHING_AHEAD = np.empty(0, np.int64)
 """Nothing of which memory is told."""
 
-_strip_tile = make_product_tile(_TALL, _STRIP, accumulate=False)
-_fetching_tile = make_product_tile(_TALL, _STRIP, accumulate=False, fetches=True)
+# Tiles of more than one, about as many rows each, have half as many as fit at least.
+_strip_tile = make_product_tile(_TALL, _STRIP, accumulate=False, min_rows=2)
+_fetching_tile = make_product_tile(
+    _TALL, _STRIP, accumulate=False, fetches=True, min_rows=(_TALL + 1) // 2
+)
 _one_row_tile = make_product_tile(1, _ONE_ROW_WIDE, accumulate=False)
 _block_tile = make_product_tile(_MOST_ROWS, 1, accumulate=False)
 _adding_tile = make_product_tile(_MOST_ROWS, 1, accumulate=True)
@@ -58,20 +61,19 @@ def _place(weight: Any, block: Any) -> Any:
 
 
 @numba.njit(nogil=True)
-def _strip_product(x: Any, weight: Any, block: Any, out: Any, ahead: Any) -> None:
+def _whole_strip(x: Any, weight: Any, block: Any, out: Any, ahead: Any) -> None:
     """All rows of x times the strip that begins with this block.
 
-    In tiles of about as many rows each, since low ones wait for their sums. Every tile of the
-    product fetches its share of what lies ahead.
+    In tiles of about as many rows each, since low ones wait for their sums. Each fetches its share
+    of what lies ahead.
     """
     rows, depth = x.shape[0], weight.shape[1]
     start, stride, column = block * depth * LANES, _STRIP * LANES, block * LANES
     tiles = -(-rows // _TALL)
-    share, shares = block // _STRIP * tiles, -(-weight.shape[0] // _STRIP) * tiles
-    row, first = 0, ahead.shape[0] * share // shares
+    row, first = 0, 0
     for tile in range(tiles):
         count = rows * (tile + 1) // tiles - row
-        last = ahead.shape[0] * (share + tile + 1) // shares
+        last = ahead.shape[0] * (tile + 1) // tiles
         # The first waits for memory, the further ones fetch what the next strip's first will read.
         if tile == 0:
             _strip_tile(
@@ -101,7 +103,7 @@ def block_product(
     """out[:rows, column:column + LANES] = x[:rows] times `depth` lines of LANES weights.
 
     Line k begins at element start + k * stride of `weight`. Of what lies ahead every tile brings
-    its share nearer, up to twice `depth` lines of the cache.
+    its share nearer, up to four times `depth` lines of the cache.
     """
     tiles = -(-rows // _MOST_ROWS)
     for tile in range(tiles):
@@ -136,7 +138,7 @@ def add_product(
 
 
 @numba.njit(parallel=True, nogil=True)
-def _one_row(x: Any, weight: Any, bias: Any, out: Any) -> None:
+def _multiply_one_row(x: Any, weight: Any, bias: Any, out: Any) -> None:
     """`product` of one row, which is bound by how fast weights come from memory."""
     blocks, depth = weight.shape[0], weight.shape[1]
     for task in numba.prange(-(-blocks // _ONE_ROW_WIDE)):
@@ -182,60 +184,73 @@ def _round(x: Any, rounded: Any, row: Any) -> None:
 
 
 @numba.njit(parallel=True, nogil=True)
-def _matrix_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
-    pairs = weight.shape[0] // 2
+def _multiply_matrices(x: Any, weight: Any, bias: Any, out: Any) -> None:
+    """`product` in matrix registers."""
+    rows, pairs = _rounded(x), weight.shape[0] // 2
     for pair in numba.prange(pairs):
-        multiply_blocks(x, weight, 2 * pair, 2, out)
+        multiply_blocks(rows, weight, 2 * pair, 2, out)
         _add_bias(bias, out, 2 * pair * LANES, 2 * (pair + 1) * LANES)
     for block in range(2 * pairs, weight.shape[0]):
-        multiply_blocks(x, weight, block, 1, out)
+        multiply_blocks(rows, weight, block, 1, out)
         _add_bias(bias, out, block * LANES, (block + 1) * LANES)
 
 
+@numba.njit(nogil=True)
+def count_strips(weight: Any) -> Any:
+    """How many strips a packed weight is, the last of which may have fewer blocks."""
+    return -(-weight.shape[0] // _STRIP)
+
+
+@numba.njit(nogil=True)
+def multiply_strip(x: Any, weight: Any, bias: Any, strip: Any, out: Any, ahead: Any) -> None:
+    """The outputs of `product` that this strip of a weight has, of two rows or more.
+
+    Meanwhile memory brings what lies ahead: (num_stretches,) int64, addresses.
+    """
+    block = strip * _STRIP
+    if block + _STRIP <= weight.shape[0]:
+        _whole_strip(x, weight, block, out, ahead)
+    else:
+        _last_blocks(x, weight, block, out)
+    _add_bias(bias, out, block * LANES, (block + _STRIP) * LANES)
+
+
+@numba.njit(nogil=True)
+def in_pairs(x: Any, weight: Any) -> Any:
+    """x rounded to bfloat16 and the weight, both in pairs, of a weight with two inputs each."""
+    blocks, depth = weight.shape[0], weight.shape[1]
+    return _rounded(x).view(np.int32), weight.reshape(blocks, depth, 2 * LANES).view(np.int32)
+
+
 @numba.njit(parallel=True, nogil=True)
-def _vector_product(x: Any, weight: Any, bias: Any, out: Any, ahead: Any) -> None:
+def _vector_product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     if x.shape[0] == 0:  # nobody samples in this step
         return
     if x.shape[0] == 1:
-        _one_row(x, weight, bias, out)
+        _multiply_one_row(x, weight, bias, out)
         return
-    blocks = weight.shape[0]
-    for strip in numba.prange(-(-blocks // _STRIP)):
-        block = strip * _STRIP
-        if block + _STRIP <= blocks:
-            _strip_product(x, weight, block, out, ahead)
-        else:
-            _last_blocks(x, weight, block, out)
-        _add_bias(bias, out, block * LANES, (block + _STRIP) * LANES)
+    for strip in numba.prange(count_strips(weight)):
+        multiply_strip(x, weight, bias, strip, out, NOTHING_AHEAD)
 
 
 @numba.njit(nogil=True, cache=True)
-def product(x: Any, weight: Any, bias: Any, out: Any, ahead: Any) -> None:
+def product(x: Any, weight: Any, bias: Any, out: Any) -> None:
     """out[t, n] = bias[n] + sum over k of x[t, k] W[n, k], all columns of `out`, padding included.
 
     x       (num_tokens, in_features)                  float32
     weight  packed, as stored
     bias    (out_features,)                            float32; empty for none
     out     (num_tokens, ceil(out / LANES) * LANES)    float32
-    ahead   (num_stretches,)                           int64, addresses of what is read afterwards
 
-    What lies ahead is brought nearer meanwhile, where `fetches_ahead` says so. Where two inputs of
-    a weight stand side by side, x is rounded to bfloat16 as the weight is.
+    Where two inputs of a weight stand side by side, x is rounded to bfloat16 as the weight is.
     """
     if weight.ndim == 5:
-        _matrix_product(_rounded(x), weight, bias, out)
+        _multiply_matrices(x, weight, bias, out)
     elif weight.ndim == 4:
-        blocks, depth = weight.shape[0], weight.shape[1]
-        pairs = weight.reshape(blocks, depth, 2 * LANES).view(np.int32)
-        _vector_product(_rounded(x).view(np.int32), pairs, bias, out, ahead)
+        rows, pairs = in_pairs(x, weight)
+        _vector_product(rows, pairs, bias, out)
     else:
-        _vector_product(x, weight, bias, out, ahead)
-
-
-@numba.njit(nogil=True)
-def fetches_ahead(x: Any, weight: Any) -> Any:
-    """Whether a product is bound by arithmetic, and memory can bring what is read afterwards."""
-    return x.shape[0] > 1 and weight.ndim < 5
+        _vector_product(x, weight, bias, out)
 
 
 @numba.njit(nogil=True)

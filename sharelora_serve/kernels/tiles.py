@@ -5,6 +5,8 @@ that are pairs as their weights are; all is C-contiguous. Every output adds its 
 that does not depend on the tile: a row's result never depends on the rows beside it.
 """
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from llvmlite import ir
@@ -12,6 +14,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from sharelora_serve.kernels.batch import PAGE_RANK
 from sharelora_serve.kernels.vector import FLOAT, alignment, array, element, multiply_add, widen
 from sharelora_serve.memory import CACHE_LINE
 
@@ -23,6 +26,7 @@ STRETCH = 1024
 
 _DOT_LANES = 8  # of a vector in dot products: one register of AVX2
 TO_FIRST_LEVEL, TO_SECOND_LEVEL = 3, 2  # of the caches, as LLVM calls them
+_MANY = 4  # cache lines per step of a product, of much that lies ahead; else one
 _FETCHES = 2  # cache lines per step of a dot product: more would wait for each other
 
 
@@ -32,9 +36,9 @@ def make_product_tile(
     *,
     accumulate: bool,
     fetches: bool = False,
-    lanes: int = LANES,
+    min_rows: int = 1,
 ) -> Any:
-    """An intrinsic for up to `max_rows` rows times a few blocks of outputs.
+    """An intrinsic for `min_rows` to `max_rows` rows times a few blocks of outputs.
 
     tile(x, x_row, rows, x_column, weight, start, stride, apart, depth, out, out_row, out_column,
     ahead) computes, for i < rows, j < num_blocks, lane l < LANES and w = start + j * apart,
@@ -49,14 +53,13 @@ def make_product_tile(
     A pair, which numba sees as int32, times another is the sum of both products. When the tile
     `fetches`, it brings as much weight nearer as it reads, from the end of its own on: arithmetic
     hides memory. `ahead` is () or (addresses, first, last): then it brings nearer what lies at
-    addresses[first:last], STRETCH bytes each, or as many lines of the cache of it as twice `depth`,
-    and twice that for pairs, of which half as many make a product.
-    `lanes` are those of a vector: a block is computed in one or more.
+    addresses[first:last], STRETCH bytes each, or as many lines of the cache of it as four times
+    `depth`: one line in each step, if that is enough, since lines of a burst wait for each other.
     """
 
     def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         rows = arguments[2]
-        for count in range(1, max_rows + 1):
+        for count in range(min_rows, max_rows + 1):
             with builder.if_then(builder.icmp_signed("==", rows, rows.type(count))):
                 emit_rows(context, builder, signature, arguments, count)
         return context.get_dummy_value()
@@ -71,52 +74,36 @@ def make_product_tile(
         )
         word = depth.type
         rows = _rows(builder, source, num_rows, row_at, column_at)
-        blocks = [
-            element(builder, packed.data, apart, word(j), builder.add(start, word(part)))
-            for j in range(num_blocks)
-            for part in range(0, LANES, lanes)
-        ]
-        outputs = _rows(builder, target, num_rows, out_row, out_column)
-        vector, lane = ir.VectorType(FLOAT, lanes), ir.IntType(32)
-        targets = [
-            builder.bitcast(builder.gep(row, [word(j * lanes)]), vector.as_pointer())
-            for row in outputs
-            for j in range(len(blocks))
-        ]
-        # LLVM keeps these in registers: nothing else takes their address.
-        sums = [cgutils.alloca_once(builder, vector) for _ in targets]
-        zero = ir.Constant(vector, [0.0] * lanes)
-        for target, place in zip(targets, sums, strict=True):
-            begin = builder.load(target, align=4) if accumulate else zero
-            builder.store(begin, place)
-        everywhere = ir.Constant(ir.VectorType(lane, lanes), [0] * lanes)
-        undefined = ir.Constant(ir.VectorType(source.data.type.pointee, lanes), ir.Undefined)
+        blocks = [element(builder, packed.data, apart, word(j), start) for j in range(num_blocks)]
         dtype = signature.args[4].dtype
+        outputs = _rows(builder, target, num_rows, out_row, out_column)
+        sums = _Sums(builder, outputs, num_blocks, LANES, accumulate=accumulate)
         fetched = CACHE_LINE // (LANES * dtype.bitwidth // 8)  # blocks
         end = builder.mul(depth, stride)
-        with cgutils.for_range(builder, depth) as loop:
-            at = builder.mul(loop.index, stride)
-            columns = [_load(builder, builder.gep(block, [at]), dtype, lanes) for block in blocks]
-            for i, row in enumerate(rows):
-                scalar = builder.load(builder.gep(row, [loop.index]))
-                first = builder.insert_element(undefined, scalar, lane(0))
-                spread = builder.shuffle_vector(first, undefined, everywhere)
-                for j, column in enumerate(columns):
-                    place = sums[i * len(blocks) + j]
-                    total = multiply_add(builder, spread, column, builder.load(place))
-                    builder.store(total, place)
-            if len(signature.args[12]):
-                listed, begin, stop = cgutils.unpack_tuple(builder, ahead)
-                addresses = context.make_array(signature.args[12][0])(context, builder, listed)
-                each = 4 if source.data.type.pointee == lane else 2
-                for number in range(each):
-                    line = builder.add(builder.mul(loop.index, word(each)), word(number))
-                    _fetch_listed(builder, line, addresses.data, begin, stop)
-            if fetches:
-                for block in blocks[::fetched]:
-                    fetch(builder, builder.gep(block, [builder.add(at, end)]), TO_SECOND_LEVEL)
-        for target, place in zip(targets, sums, strict=True):
-            builder.store(builder.load(place), target, align=4)
+
+        def add_lines(due: Callable[[Any], None] | None) -> None:
+            with cgutils.for_range(builder, depth) as loop:
+                at = builder.mul(loop.index, stride)
+                sums.add(rows, loop.index, [builder.gep(block, [at]) for block in blocks], dtype)
+                if due is not None:
+                    due(loop.index)
+                if fetches:
+                    for block in blocks[::fetched]:
+                        fetch(builder, builder.gep(block, [builder.add(at, end)]), TO_SECOND_LEVEL)
+
+        if len(signature.args[12]):
+            listed, first, last = cgutils.unpack_tuple(builder, ahead)
+            addresses = context.make_array(signature.args[12][0])(context, builder, listed)
+            lines = builder.mul(builder.sub(last, first), word(STRETCH // CACHE_LINE))
+            with builder.if_else(builder.icmp_signed(">", lines, depth)) as branches:
+                for branch, pace in zip(branches, (_MANY, 1), strict=True):
+                    with branch:
+                        add_lines(
+                            partial(_fetch_listed, builder, addresses.data, first, last, pace)
+                        )
+        else:
+            add_lines(None)
+        sums.store()
 
     @intrinsic
     def tile(
@@ -137,6 +124,77 @@ def make_product_tile(
     ) -> Any:
         index = types.intp
         product = (x, *[index] * 3, weight, *[index] * 4, out, index, index, ahead)
+        return types.void(*product), emit
+
+    return tile
+
+
+def make_expand_tile(max_rows: int, num_blocks: int, *, lanes: int = LANES) -> Any:
+    """An intrinsic for up to `max_rows` rows times a few blocks of some pages' outputs.
+
+    tile(hidden, row, rows, page_ids, arena, width, column, out, out_row, out_column) computes, for
+    i < rows and n < num_blocks * LANES,
+
+        out[out_row + i, out_column + n] = sum over p < len(page_ids) and k < PAGE_RANK of
+            hidden[row + i, p * PAGE_RANK + k] * arena[(page_ids[p] * PAGE_RANK + k) * width + at]
+
+    where at = column + n.
+
+    hidden    (num_rows, at least len(page_ids) * PAGE_RANK)   float32
+    page_ids  (num_pages,)                                     int32
+    arena     any shape                                        as stored; addressed by element
+    out       (rows, columns)                                  float32
+    `lanes` are those of a vector: a block is computed in one or more.
+    """
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows = arguments[2]
+        for count in range(1, max_rows + 1):
+            with builder.if_then(builder.icmp_signed("==", rows, rows.type(count))):
+                emit_rows(context, builder, signature, arguments, count)
+        return context.get_dummy_value()
+
+    def emit_rows(
+        context: Any, builder: Any, signature: Any, arguments: Any, num_rows: int
+    ) -> None:
+        _, row_at, _, _, _, width, column, _, out_row, out_column = arguments
+        source, page_ids, arena, target = (
+            array(context, builder, signature, arguments, at) for at in (0, 3, 4, 7)
+        )
+        word, dtype = width.type, signature.args[4].dtype
+        rows = _rows(builder, source, num_rows, row_at, word(0))
+        outputs = _rows(builder, target, num_rows, out_row, out_column)
+        sums = _Sums(builder, outputs, num_blocks * LANES // lanes, lanes, accumulate=False)
+        num_pages = cgutils.unpack_tuple(builder, page_ids.shape, 1)[0]
+        with cgutils.for_range(builder, num_pages) as pages:
+            page = builder.sext(builder.load(builder.gep(page_ids.data, [pages.index])), word)
+            rank_rows = builder.mul(page, word(PAGE_RANK))
+            start = element(builder, arena.data, rank_rows, width, column)
+            first = builder.mul(pages.index, word(PAGE_RANK))
+            for k in range(PAGE_RANK):
+                begin = builder.gep(start, [builder.mul(width, word(k))])
+                blocks = [
+                    builder.gep(begin, [word(part)]) for part in range(0, num_blocks * LANES, lanes)
+                ]
+                sums.add(rows, builder.add(first, word(k)), blocks, dtype)
+        sums.store()
+
+    @intrinsic
+    def tile(
+        typingctx: Any,
+        hidden: Any,
+        row: Any,
+        rows: Any,
+        page_ids: Any,
+        arena: Any,
+        width: Any,
+        column: Any,
+        out: Any,
+        out_row: Any,
+        out_column: Any,
+    ) -> Any:
+        index = types.intp
+        product = (hidden, index, index, page_ids, arena, index, index, out, index, index)
         return types.void(*product), emit
 
     return tile
@@ -227,6 +285,49 @@ def make_shrink_tile(num_rows: int, num_ranks: int) -> Any:
     return tile
 
 
+class _Sums:
+    """Some rows of outputs, each a few vectors, that stay in registers while products are added."""
+
+    def __init__(
+        self, builder: Any, outputs: list[Any], num_vectors: int, lanes: int, *, accumulate: bool
+    ) -> None:
+        """outputs: where each row's first number stands; what is there is added to, or lost."""
+        vector, zero = ir.VectorType(FLOAT, lanes), [0.0] * lanes
+        self._builder, self._lanes = builder, lanes
+        self._targets = [
+            builder.bitcast(builder.gep(row, [ir.IntType(64)(j * lanes)]), vector.as_pointer())
+            for row in outputs
+            for j in range(num_vectors)
+        ]
+        # LLVM keeps these in registers: nothing else takes their address.
+        self._places = [cgutils.alloca_once(builder, vector) for _ in self._targets]
+        for target, place in zip(self._targets, self._places, strict=True):
+            begin = builder.load(target, align=4) if accumulate else ir.Constant(vector, zero)
+            builder.store(begin, place)
+
+    def add(self, rows: list[Any], k: Any, blocks: list[Any], dtype: Any) -> None:
+        """Add each row's number k times the stored vectors that `blocks` point to."""
+        builder, lane = self._builder, ir.IntType(32)
+        everywhere = ir.Constant(ir.VectorType(lane, self._lanes), [0] * self._lanes)
+        scalars = ir.VectorType(rows[0].type.pointee, self._lanes)
+        undefined = ir.Constant(scalars, ir.Undefined)
+        columns = [_load(builder, block, dtype, self._lanes) for block in blocks]
+        places = iter(self._places)
+        for row in rows:
+            scalar = builder.load(builder.gep(row, [k]))
+            first = builder.insert_element(undefined, scalar, lane(0))
+            spread = builder.shuffle_vector(first, undefined, everywhere)
+            for column in columns:
+                place = next(places)
+                total = multiply_add(builder, spread, column, builder.load(place))
+                builder.store(total, place)
+
+    def store(self) -> None:
+        """Write the sums to the outputs."""
+        for target, place in zip(self._targets, self._places, strict=True):
+            self._builder.store(self._builder.load(place), target, align=4)
+
+
 def _rows(builder: Any, matrix: Any, count: int, first: Any, column: Any) -> list[Any]:
     """Pointers to `count` rows of a matrix, from `column` on."""
     width = cgutils.unpack_tuple(builder, matrix.shape, 2)[1]
@@ -259,15 +360,20 @@ def _sum_lanes(builder: Any, total: Any) -> Any:
     return builder.extract_element(total, lane(0))
 
 
-def _fetch_listed(builder: Any, line: Any, addresses: Any, first: Any, last: Any) -> None:
-    """Fetch the cache line of that number of what addresses[first:last] list, if there is one."""
-    lines = line.type(STRETCH // CACHE_LINE)
-    at = builder.add(first, builder.udiv(line, lines))
+def _fetch_listed(
+    builder: Any, addresses: Any, first: Any, last: Any, pace: int, step: Any
+) -> None:
+    """Fetch `pace` lines of the cache, those that a step is due of addresses[first:last]."""
+    word = step.type
+    each = word(STRETCH // (pace * CACHE_LINE))
+    at = builder.add(first, builder.udiv(step, each))
     with builder.if_then(builder.icmp_signed("<", at, last)):
-        byte = builder.mul(builder.urem(line, lines), line.type(CACHE_LINE))
+        byte = builder.mul(builder.urem(step, each), word(pace * CACHE_LINE))
         address = builder.add(builder.load(builder.gep(addresses, [at])), byte)
-        pointer = builder.inttoptr(address, ir.IntType(8).as_pointer())
-        fetch(builder, pointer, TO_SECOND_LEVEL)
+        for line in range(pace):
+            there = builder.add(address, word(line * CACHE_LINE))
+            pointer = builder.inttoptr(there, ir.IntType(8).as_pointer())
+            fetch(builder, pointer, TO_SECOND_LEVEL)
 
 
 def fetch(builder: Any, pointer: Any, level: int) -> None:

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from sharelora_serve.kernels import attention, elementwise, product
+from sharelora_serve.kernels.adapted_product import adapted_product, count_later
 from sharelora_serve.kernels.batch import AdapterBatch, AttentionBatch
-from sharelora_serve.kernels.cpu import CpuKernels, adapted_product, pages_of
+from sharelora_serve.kernels.cpu import NOTHING_ADDED, CpuKernels, pages_of
 from sharelora_serve.kernels.interface import Kernels
 from sharelora_serve.kernels.reference import ReferenceKernels
 
@@ -94,7 +95,7 @@ class CpuParts:
         self.kernels = CpuKernels()
 
     def linear(self, x: Tensor, weight: Any, bias: Tensor, out: Tensor) -> None:
-        product.product(x.numpy(), weight, bias.numpy(), out.numpy(), product.NOTHING_AHEAD)
+        product.product(x.numpy(), weight, bias.numpy(), out.numpy())
 
     def adapted_linear(
         self,
@@ -107,10 +108,23 @@ class CpuParts:
         columns: Tensor,
     ) -> None:
         pages = pages_of(batch)
-        adapted_product(x.numpy(), weight, bias.numpy(), out.numpy(), pages, entry, columns.numpy())
+        rows = count_later(x.shape[0], weight, pages)
+        added = torch.zeros_like(out)[:rows]
+        added[batch.row_adapter[:rows] > 0] = torch.nan  # all of it must be written
+        adapted_product(
+            x.numpy(),
+            weight,
+            bias.numpy(),
+            out.numpy(),
+            added.numpy(),
+            pages,
+            entry,
+            columns.numpy(),
+        )
+        out[:rows, : columns[-1]] += added[:, : columns[-1]]
 
     def silu_and_multiply(self, gate_up: Tensor, out: Tensor) -> None:
-        elementwise.silu_and_multiply(gate_up.numpy(), out.numpy())
+        elementwise.silu_and_multiply(gate_up.numpy(), NOTHING_ADDED, out.numpy())
 
     def attend(
         self,
@@ -131,6 +145,7 @@ class CpuParts:
         items = attention.make_items(tasks, positions, keys.shape[1], 2)
         attention.attend(
             qkv.numpy(),
+            NOTHING_ADDED,
             q_norm.numpy(),
             k_norm.numpy(),
             np.float32(eps),

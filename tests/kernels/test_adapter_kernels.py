@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sharelora_serve.kernels.adapted import list_pages
+from sharelora_serve.kernels.adapted import count_tasks, empty_list, list_pages
 from sharelora_serve.kernels.batch import PAGE_RANK
 from sharelora_serve.kernels.cpu import pages_of
 from sharelora_serve.kernels.tiles import LANES, STRETCH
@@ -56,7 +56,7 @@ def test_every_row_gets_its_own_adapter_and_nothing_else(
     generator = torch.Generator().manual_seed(seed)
     for layout in LAYOUTS.values():
         tenants = draw_tenants(layout, dtype, generator)
-        for rows in (1, 4, 19) if parts == "cpu" else (5,):
+        for rows in (1, 4, 19, 70) if parts == "cpu" else (5,):
             of_rows = draw_owners(owners, rows, len(tenants.adapters), generator)
             if order == "mixed":
                 of_rows = [of_rows[i] for i in torch.randperm(rows, generator=generator)]
@@ -193,7 +193,16 @@ def test_what_is_listed_for_memory_to_bring_is_all_pages_of_a_batch_and_nothing_
     case = draw_case(owners, 40, (24, 64, 136), generator, sharing=sharing, arena_dtype=dtype)
     batch, pages = case.batch, pages_of(case.batch)
     columns, arena = torch.tensor(case.columns).numpy(), pages.arena
-    listed = list_pages(pages, ENTRY, columns, 40) - arena.ctypes.data
+    count = count_tasks(pages, columns)
+    cut = int(torch.randint(0, count + 1, (), generator=generator))
+
+    def list_tasks(begin: int, end: int, since: int) -> list[int]:
+        listed = empty_list(pages, ENTRY, columns, 40, begin, end)
+        num_listed = list_pages(pages, ENTRY, columns, 40, begin, end, since, listed)
+        return (listed[:num_listed] - arena.ctypes.data).tolist()
+
+    listed = list_tasks(0, count, 0)
+    assert list_tasks(0, cut, 0) + list_tasks(cut, count, 0) == listed
     read, starts = set[int](), set[int]()
     for owner in set(owners) - {0}:
         for module, (begin, end) in enumerate(pairwise(case.columns)):
@@ -207,3 +216,5 @@ def test_what_is_listed_for_memory_to_bring_is_all_pages_of_a_batch_and_nothing_
     assert read <= {byte for start in listed for byte in range(start, start + STRETCH)}
     if sharing in ("nothing", "adapters"):  # the pieces of each stand together
         assert len(listed) == len(starts)
+    # Another thread brings what it shares with the one before by itself.
+    assert set(list_tasks(0, cut, 0)) | set(list_tasks(cut, count, cut)) == starts

@@ -30,7 +30,7 @@ def test_timed_kernels_give_the_right_tokens(base: Base, is_split: bool) -> None
     for case, served in zip(base.cases, answers, strict=True):
         base.assert_right(case, served)
     assert kernels.num_steps > 0
-    assert (ADAPTERS in kernels.seconds) is is_split
+    assert (ADAPTERS in kernels.milliseconds()) is is_split
     assert len(kernels.reads) == (kernels.num_steps if is_split else 0)
     assert all(seconds > 0 for seconds in kernels.reads)
 
@@ -41,7 +41,7 @@ def test_every_load_is_measured_on_the_base_and_on_adapters(base: Base) -> None:
         streams=[1, 3],
         threads=2,
         adapter_memory="64MiB",
-        num_tokens=12,
+        num_tokens=40,  # half are measured; with adapters or without, in turn
         rounds=2,
         model=str(base.folder),
     )
