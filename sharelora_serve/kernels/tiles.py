@@ -57,13 +57,6 @@ def make_product_tile(
     `depth`: one line in each step, if that is enough, since lines of a burst wait for each other.
     """
 
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows = arguments[2]
-        for count in range(min_rows, max_rows + 1):
-            with builder.if_then(builder.icmp_signed("==", rows, rows.type(count))):
-                emit_rows(context, builder, signature, arguments, count)
-        return context.get_dummy_value()
-
     def emit_rows(
         context: Any, builder: Any, signature: Any, arguments: Any, num_rows: int
     ) -> None:
@@ -124,7 +117,7 @@ def make_product_tile(
     ) -> Any:
         index = types.intp
         product = (x, *[index] * 3, weight, *[index] * 4, out, index, index, ahead)
-        return types.void(*product), emit
+        return types.void(*product), _by_rows(emit_rows, min_rows, max_rows)
 
     return tile
 
@@ -146,13 +139,6 @@ def make_expand_tile(max_rows: int, num_blocks: int, *, lanes: int = LANES) -> A
     out       (rows, columns)                                  float32
     `lanes` are those of a vector: a block is computed in one or more.
     """
-
-    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        rows = arguments[2]
-        for count in range(1, max_rows + 1):
-            with builder.if_then(builder.icmp_signed("==", rows, rows.type(count))):
-                emit_rows(context, builder, signature, arguments, count)
-        return context.get_dummy_value()
 
     def emit_rows(
         context: Any, builder: Any, signature: Any, arguments: Any, num_rows: int
@@ -195,7 +181,7 @@ def make_expand_tile(max_rows: int, num_blocks: int, *, lanes: int = LANES) -> A
     ) -> Any:
         index = types.intp
         product = (hidden, index, index, page_ids, arena, index, index, out, index, index)
-        return types.void(*product), emit
+        return types.void(*product), _by_rows(emit_rows, 1, max_rows)
 
     return tile
 
@@ -326,6 +312,19 @@ class _Sums:
         """Write the sums to the outputs."""
         for target, place in zip(self._targets, self._places, strict=True):
             self._builder.store(self._builder.load(place), target, align=4)
+
+
+def _by_rows(emit_rows: Callable[..., None], min_rows: int, max_rows: int) -> Callable[..., Any]:
+    """What emits a tile for each number of rows, the third argument, of which one is run."""
+
+    def emit(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        rows = arguments[2]
+        for count in range(min_rows, max_rows + 1):
+            with builder.if_then(builder.icmp_signed("==", rows, rows.type(count))):
+                emit_rows(context, builder, signature, arguments, count)
+        return context.get_dummy_value()
+
+    return emit
 
 
 def _rows(builder: Any, matrix: Any, count: int, first: Any, column: Any) -> list[Any]:
