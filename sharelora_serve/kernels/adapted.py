@@ -180,7 +180,7 @@ def add_adapters(
     """
     pieces, arena = pages.pieces, pages.arena
     for task in range(begin, end):
-        piece, module, start, stop = _task(pages, entry, columns, task)
+        piece, module, start, stop = locate_task(pages, entry, columns, task)
         first, count = pieces[piece, 0], pieces[piece, 1]
         column, width = columns[module], columns[module + 1] - columns[module]
         lines = PAGE_RANK * width * arena.itemsize // CACHE_LINE
@@ -199,7 +199,7 @@ def empty_list(pages: Any, entry: Any, columns: Any, in_features: Any, begin: An
     """Room for what `list_pages` lists of tasks begin .. end - 1: (num_stretches,) int64."""
     arena, room = pages.arena, 0
     for task in range(begin, end):
-        _, module, start, stop = _task(pages, entry, columns, task)
+        _, module, start, stop = locate_task(pages, entry, columns, task)
         width = columns[module + 1] - columns[module]
         each = _num_stretches(in_features, arena) + _num_stretches(width, arena)
         room += (stop - start) * each
@@ -224,12 +224,12 @@ def list_pages(
     """
     arena, num_modules, count = pages.arena, columns.shape[0] - 1, 0
     for task in range(begin, end):
-        _, module, start, stop = _task(pages, entry, columns, task)
+        _, module, start, stop = locate_task(pages, entry, columns, task)
         if start == stop:
             continue
         a_before, b_before = 0, 0  # page 0 is nobody's
         for before in range(task - num_modules, since - 1, -num_modules):
-            _, _, start_before, stop_before = _task(pages, entry, columns, before)
+            _, _, start_before, stop_before = locate_task(pages, entry, columns, before)
             if start_before < stop_before:
                 a_before, b_before = pages.a_pages[start_before], pages.b_pages[start_before]
                 break
@@ -242,7 +242,7 @@ def list_pages(
 
 
 @numba.njit(nogil=True)
-def _task(pages: Any, entry: Any, columns: Any, task: Any) -> Any:
+def locate_task(pages: Any, entry: Any, columns: Any, task: Any) -> Any:
     """Piece, module, and which entries of `a_pages` and `b_pages` a task reads: start, stop."""
     piece, module = task // (columns.shape[0] - 1), task % (columns.shape[0] - 1)
     offsets = pages.offsets[pages.pieces[piece, 2], entry + module :]

@@ -17,6 +17,7 @@ from sharelora_serve.kernels.adapted import (
     empty_hidden,
     empty_list,
     list_pages,
+    locate_task,
 )
 from sharelora_serve.kernels.elementwise import add
 from sharelora_serve.kernels.product import count_strips, in_pairs, multiply_strip, product
@@ -75,7 +76,7 @@ def apply_adapters(x: Any, out: Any, pages: Any, entry: Any, columns: Any) -> No
         hidden = empty_hidden(pages)
         added = np.empty((PIECE_ROWS, columns[-1]), np.float32)
         for task in range(tasks * thread // threads, tasks * (thread + 1) // threads):
-            piece, module = task // (columns.shape[0] - 1), task % (columns.shape[0] - 1)
+            piece, module, _, _ = locate_task(pages, entry, columns, task)
             first, count = pages.pieces[piece, 0], pages.pieces[piece, 1]
             begin, end = columns[module], columns[module + 1]
             add_adapters(x, added, first, pages, entry, columns, task, task + 1, hidden)
